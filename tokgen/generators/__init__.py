@@ -1,0 +1,1 @@
+"""Autoregressive generators over text and code ids."""

@@ -1,0 +1,1 @@
+"""Published checkpoints of other projects, one file per family."""

@@ -1,0 +1,1 @@
+"""Loss functions of tensors, and the small modules some of them need."""

@@ -1,0 +1,1 @@
+"""Quantizers behind one interface: see `tokgen.quantizers.base`."""

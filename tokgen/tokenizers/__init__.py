@@ -1,0 +1,1 @@
+"""Visual tokenizers, one file per system: see `tokgen.tokenizers.base`."""
