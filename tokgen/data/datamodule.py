@@ -1,0 +1,242 @@
+"""`ShardsDataModule`: shard folders as Lightning data, checked before training starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning as L
+import torch
+
+from tokgen.data.batches import Captions, CodeSamples, ImageSamples, VideoSamples
+from tokgen.data.decode import MAX_MEMBER_BYTES, MAX_PIXELS, BadSample
+from tokgen.data.stream import ShardLoader, ShardSet
+from tokgen.data.tar import iter_samples, open_bytes
+from tokgen.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+class ShardsDataModule(L.LightningDataModule):
+    """Streams shard folders (see `tokgen.data.shards`) into batches. The kind of batch follows from the manifest:
+
+    - images: {"pixels": uint8 (B, 3, S, S), "caption": list[str], "key": list[str]}
+    - codes: {"ids": int64 (B, N[, C]), "mask": bool (B, N), "caption": list[str], "key": list[str]}
+    - videos: {"video": list[bytes], "caption": list[str], "key": list[str]}
+
+    Validation and test batches also hold "valid", bool (B,): False marks a repeat, which metrics must leave out. Every
+    sample comes exactly once on the union of ranks; where samples do not divide, the ranks with fewer get a one-sample
+    batch of repeats, so that all make the same number of steps.
+
+    Args:
+        train, val, test: shard folder or list of folders (paths, or http(s), s3, gs, hf locations).
+        batch_size: samples per batch on each rank.
+        num_workers: reader processes per rank.
+        image_size: side of the square images in pixels; None only with resize="none".
+        resize: "crop" (central square), "random_crop" (a random square along the long side; central in validation),
+            "squash" (aspect ratio lost) or "none" (images already have one size).
+        random_flip: mirror half of the training images. Wrong for pictures with text, or captions with "left".
+        random_shift: move training images by up to this many pixels each way, edges repeated.
+        shuffle_buffer: undecoded samples that each reader draws from.
+        seed: orders, augmentations and caption choices follow from it.
+        steps_per_epoch: batches per epoch on each rank; None: as many as the data gives.
+        max_bad_fraction: part of an epoch that may be bad before a DataError ends the run.
+        max_member_bytes, max_pixels: larger files and images are skipped as bad.
+        allow_shell_urls: accept `pipe:` locations, which run a command with {} replaced by the file name.
+        caption_variants: probability of training with one of json["captions"] in place of the caption.
+        caption_word_dropout: probability of dropping each caption word in training, outside the style phrase (the part
+            after the last comma).
+        filter: field -> accepted values, on the JSON metadata, such as {"group": ["animals-nature"]}; applies to all
+            splits and costs one pass over their JSON members at set-up.
+        multiprocessing_context: "fork", "spawn" or "forkserver"; None: Python's default.
+
+    Attributes:
+        kind: "images", "codes" or "videos" (after `setup`).
+        meta: the manifest's meta (after `setup`); for codes the tokenizer's fingerprint, layout and codebook sizes.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        resize: str = "crop",
+        random_flip: bool = False,
+        random_shift: int = 0,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        steps_per_epoch: int | None = None,
+        max_bad_fraction: float = 0.01,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
+        max_pixels: int = MAX_PIXELS,
+        allow_shell_urls: bool = False,
+        caption_variants: float = 0.0,
+        caption_word_dropout: float = 0.0,
+        filter: dict[str, Any] | None = None,
+        multiprocessing_context: str | None = None,
+    ):
+        super().__init__()
+        self.folders = {"train": train, "val": val, "test": test}
+        if not any(self.folders.values()):
+            raise ConfigError("ShardsDataModule needs at least one of train, val, test: a shard folder.")
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.image_size, self.resize = image_size, resize
+        self.random_flip, self.random_shift = random_flip, random_shift
+        self.shuffle_buffer, self.seed, self.steps_per_epoch = shuffle_buffer, seed, steps_per_epoch
+        self.max_bad_fraction, self.max_member_bytes, self.max_pixels = max_bad_fraction, max_member_bytes, max_pixels
+        self.allow_shell_urls = allow_shell_urls
+        self.caption_variants, self.caption_word_dropout = caption_variants, caption_word_dropout
+        self.filter, self.multiprocessing_context = filter, multiprocessing_context
+        self.sets: dict[str, ShardSet] = {}
+        self.loaders: dict[str, ShardLoader] = {}
+
+    # ---------------------------------------------------------------------------------------------------- pre-flight
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read manifests and check everything that can be checked before training.
+
+        Raises:
+            FileNotFoundError: a folder, manifest or shard is missing.
+            DataError: a folder cannot be read, splits do not belong together, too few samples, a first sample that
+                does not decode.
+            ConfigError: an option that does not fit the data.
+        """
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}.get(
+            stage, ("train", "val", "test")
+        )
+        for split in wanted:
+            if self.folders[split] and split not in self.sets:
+                self.sets[split] = self._open(split)
+        sets = list(self.sets.items())
+        for split, shards in sets[1:]:
+            first, other = sets[0]
+            if shards.kind != other.kind:
+                raise DataError(
+                    f"{first} holds {other.kind} and {split} holds {shards.kind}; both must be of one kind."
+                )
+            if shards.kind == "codes" and shards.meta.get("tokenizer") != other.meta.get("tokenizer"):
+                raise DataError(
+                    f"The codes of {first} and {split} were made by different tokenizers; use one for both."
+                )
+        world = self._world()[1]
+        if "train" in self.sets and self.sets["train"].samples < world * self.batch_size:
+            self._loader("train", train=True)  # raises, in words
+
+    def _open(self, split: str) -> ShardSet:
+        shards = ShardSet.open(self.folders[split], self.allow_shell_urls)
+        shards.check_files()
+        if self.filter:
+            shards = shards.select(self.filter)
+        self._check_first_sample(shards)
+        return shards
+
+    def _check_first_sample(self, shards: ShardSet) -> None:
+        """Decode the first good sample among the first few: wrong options show before training, not in a worker."""
+        samples = self._samples(shards, train=False)
+        errors = []
+        with open_bytes(shards.shards[0].location, shards.allow_shell_urls) as file:
+            raws = iter_samples(file, extensions=samples.extensions, max_member_bytes=self.max_member_bytes)
+            for _, (_, raw) in zip(range(16), raws):
+                try:
+                    if raw.problem:
+                        raise BadSample(raw.problem)
+                    item = samples(raw, None)
+                except BadSample as error:
+                    errors.append(str(error))
+                    continue
+                samples.collate([item])
+                if shards.kind == "images" and self.resize != "none":
+                    self._check_size(raw, shards.shards[0].location)
+                return
+        log.warning(
+            "None of the first %d samples of %s is good: %s.", len(errors), shards.shards[0].location, errors[:3]
+        )
+
+    def _check_size(self, raw: Any, where: str) -> None:
+        samples = ImageSamples(Captions(required=False), None, "none", train=False, max_pixels=self.max_pixels)
+        height, width = samples(raw, None)["pixels"].shape[-2:]
+        if min(height, width) < self.image_size:
+            log.warning(
+                "Images are enlarged: %s in %s has %dx%d pixels (width x height), and image_size is %d.",
+                raw.key, where, width, height, self.image_size,
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- loaders
+
+    @property
+    def kind(self) -> str:
+        return self._any_set().kind
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self._any_set().meta
+
+    def _any_set(self) -> ShardSet:
+        if not self.sets:
+            self.setup()
+        return next(iter(self.sets.values()))
+
+    def _world(self) -> tuple[int, int]:
+        """(rank, world size), from the trainer; (0, 1) without one."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    def _samples(self, shards: ShardSet, train: bool) -> Any:
+        captions = Captions(
+            required=bool(shards.meta.get("captions", True)),
+            variants=self.caption_variants if train else 0.0,
+            word_dropout=self.caption_word_dropout if train else 0.0,
+        )
+        if shards.kind == "images":
+            try:
+                return ImageSamples(
+                    captions, self.image_size, self.resize, self.random_flip, self.random_shift, train, self.max_pixels
+                )
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        if shards.kind == "codes":
+            return CodeSamples(captions, tuple(shards.meta.get("codebook_sizes") or ()))
+        return VideoSamples(captions)
+
+    def _loader(self, split: str, train: bool) -> ShardLoader:
+        if not self.folders[split]:
+            raise ConfigError(f"There is no {split} split: give the data module {split}=FOLDER.")
+        if split not in self.sets:
+            self.sets[split] = self._open(split)
+        rank, world = self._world()
+        steps = self.steps_per_epoch if train else None
+        limit = self.trainer.limit_train_batches if train and self.trainer is not None else None
+        if isinstance(limit, int) and limit > 0:
+            # Lightning would cut every epoch short; as a length of its own, epochs go on where the last one ended
+            steps = min(limit, steps or self.sets[split].samples // (world * self.batch_size) or limit)
+        loader = ShardLoader(
+            self.sets[split], self._samples(self.sets[split], train), batch_size=self.batch_size, rank=rank, world=world,
+            num_workers=self.num_workers, seed=self.seed, train=train, shuffle_buffer=self.shuffle_buffer,
+            steps_per_epoch=steps, max_bad_fraction=self.max_bad_fraction, max_member_bytes=self.max_member_bytes,
+            pin_memory=torch.cuda.is_available(), multiprocessing_context=self.multiprocessing_context,
+        )  # fmt: skip
+        if split in self.loaders:
+            self.loaders[split].close()
+        elif train and self.trainer is not None:
+            loader.epoch = self.trainer.current_epoch
+        self.loaders[split] = loader
+        return loader
+
+    def train_dataloader(self) -> ShardLoader:
+        return self._loader("train", train=True)
+
+    def val_dataloader(self) -> ShardLoader | list:
+        return self._loader("val", train=False) if self.folders["val"] else []
+
+    def test_dataloader(self) -> ShardLoader:
+        return self._loader("test", train=False)
+
+    def predict_dataloader(self) -> ShardLoader:
+        return self._loader("test", train=False)
+
+    def teardown(self, stage: str | None = None) -> None:
+        for loader in self.loaders.values():
+            loader.close()

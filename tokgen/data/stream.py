@@ -1,0 +1,751 @@
+"""Streaming shards into batches: equal steps on every rank, another order each epoch, exact resume from two numbers.
+
+Everything about an epoch except the bytes follows from the manifests: which samples, in which order, in which batch of
+which reader. That plan is laid out as positions of one endless global sequence, the passes over the data set:
+
+1. pass p is a permutation of the shards drawn from (seed, p), started at a drawn sample, one position per sample;
+2. an epoch is a range of positions (a pass without its remainder, or the next `steps_per_epoch` batches), cut into
+   equal parts for the ranks, and each rank's part into whole batches for its workers. The cuts fall inside shards
+   where they must, so one shard serves any number of readers;
+3. each reader emits its positions as a shuffle buffer with its own generator (seed, epoch, rank, worker) would;
+4. a sample's augmentations come from a generator of (seed, position).
+
+So the state is (epoch, batches done), equal on all ranks. Resuming replays step 3 on integers: no file is opened for
+samples that are already done, nothing is decoded. A sample that cannot be read keeps its place in the plan: it is
+counted, and the next readable sample of the reader's order after that batch stands in for it, which depends on the
+plan and the data only.
+
+Rank and world size are arguments; nothing is read from the environment, so it does not matter how workers are started.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tokgen.data.decode import EXTENSIONS, MAX_MEMBER_BYTES, BadSample, decode_json
+from tokgen.data.shards import Manifest
+from tokgen.data.tar import Damage, RawSample, iter_samples, join, open_bytes, scheme
+from tokgen.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_ALWAYS_TOLERATED = 3  # bad samples per epoch that never stop a run, so that one odd file does not end a tiny data set
+_MISSING_LIMIT = 0.5  # part of an epoch that may be missing from damaged shards
+_REMOTE_ATTEMPTS = 4
+
+
+# ------------------------------------------------------------------------------------------------------- the data set
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a set. `selected` holds the indices of the samples to use, ascending; None means all."""
+
+    folder: str
+    name: str
+    samples: int
+    bytes: int
+    selected: np.ndarray | None = None
+
+    @property
+    def location(self) -> str:
+        return join(self.folder, self.name)
+
+    @property
+    def count(self) -> int:
+        return self.samples if self.selected is None else len(self.selected)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one split: one or more shard folders of the same kind.
+
+    `unreadable` counts samples a filter could not see because their shard is damaged.
+    """
+
+    kind: str
+    meta: dict[str, Any]
+    shards: tuple[Shard, ...]
+    allow_shell_urls: bool = False
+    unreadable: int = 0
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+    @classmethod
+    def open(cls, folders: str | os.PathLike | Sequence[str | os.PathLike], allow_shell_urls: bool = False) -> ShardSet:
+        """Read the manifests of `folders` (local, http(s), s3, gs, hf; `pipe:` when allowed).
+
+        Raises:
+            FileNotFoundError: a folder or its manifest does not exist.
+            DataError: a folder cannot be read, is empty, or the folders do not belong together.
+        """
+        names = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+        if not names:
+            raise DataError("No shard folder was given.")
+        names = [os.fspath(name) for name in names]
+        manifests = [Manifest.load(name, allow_shell_urls) for name in names]
+        first = manifests[0]
+        for name, manifest in zip(names, manifests):
+            if manifest.kind != first.kind:
+                raise DataError(
+                    f"{names[0]} holds {first.kind} and {name} holds {manifest.kind}: they cannot be mixed."
+                )
+            for fact in ("tokenizer", "layout", "codebook_sizes") if first.kind == "codes" else ():
+                if manifest.meta.get(fact) != first.meta.get(fact):
+                    raise DataError(
+                        f"The codes in {names[0]} and {name} were made by different tokenizers (their {fact} differs); "
+                        f"tokenize both with one."
+                    )
+        meta = dict(first.meta)
+        if not all(manifest.meta.get("captions", True) for manifest in manifests):
+            meta["captions"] = False
+        shards = tuple(
+            Shard(name, shard.name, shard.samples, shard.bytes)
+            for name, manifest in zip(names, manifests)
+            for shard in manifest.shards
+            if shard.samples
+        )
+        if not shards:
+            raise DataError(f"{', '.join(names)}: the manifest lists no samples.")
+        return cls(first.kind, meta, shards, allow_shell_urls)
+
+    def check_files(self) -> None:
+        """Raise for local shards that are missing or unreadable; warn of those whose size is not the manifest's.
+
+        Raises:
+            FileNotFoundError, DataError: naming the first few shards.
+        """
+        missing, closed, resized, total = [], [], [], 0
+        for shard in self.shards:
+            if scheme(shard.folder):
+                continue
+            total += 1
+            try:
+                size = os.stat(shard.location).st_size
+            except FileNotFoundError:
+                missing.append(shard.location)
+                continue
+            except OSError:
+                closed.append(shard.location)
+                continue
+            if not os.access(shard.location, os.R_OK):
+                closed.append(shard.location)
+            elif size != shard.bytes:
+                resized.append(shard.location)
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {total} shards of the manifest are missing: {_some(missing)}. "
+                f"Copy them again, or pack the data set anew."
+            )
+        if closed:
+            raise DataError(f"{len(closed)} of {total} shards cannot be read (permission denied): {_some(closed)}.")
+        if resized:
+            log.warning(
+                "%d of %d shards do not have the size that the manifest gives: %s. Samples that are lost will be counted.",
+                len(resized), total, _some(resized),
+            )  # fmt: skip
+
+    def select(self, where: Mapping[str, Any]) -> ShardSet:
+        """The samples whose JSON metadata has, for each field of `where`, one of the values given for it.
+
+        Reads the JSON members of every shard once. A field that holds a list matches when any of its elements does.
+
+        Raises:
+            DataError: no sample matches.
+        """
+        allowed = {
+            name: {str(v) for v in (values if isinstance(values, (list, tuple, set)) else [values])}
+            for name, values in where.items()
+        }
+
+        def matches(raw: RawSample) -> bool:
+            try:
+                data = decode_json(raw.members["json"])
+            except (KeyError, BadSample):
+                return False
+            for name, values in allowed.items():
+                value = data.get(name)
+                if not {str(v) for v in (value if isinstance(value, list) else [value])} & values:
+                    return False
+            return True
+
+        shards, lost = [], 0
+        for shard in self.shards:
+            found, indices = 0, []
+            with open_bytes(shard.location, self.allow_shell_urls) as file:
+                for index, raw in iter_samples(file, extensions=("json",), max_member_bytes=MAX_MEMBER_BYTES):
+                    found = index + 1
+                    if index < shard.samples and matches(raw):
+                        indices.append(index)
+            lost += max(0, shard.samples - found)
+            if indices:
+                shards.append(replace(shard, selected=np.asarray(indices, dtype=np.int64)))
+        if not shards:
+            raise DataError(
+                f"No sample of {_some([s.location for s in self.shards])} matches the filter {dict(where)}."
+            )
+        if lost:
+            log.warning("%d samples are missing from damaged shards and could not be filtered.", lost)
+        return replace(self, shards=tuple(shards), unreadable=lost)
+
+
+def _some(names: Sequence[str], n: int = 3) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive positions that lie in one shard: samples `low` to `high` (of the selected ones) of shard `shard`."""
+
+    shard: int
+    low: int
+    high: int
+
+
+class _Passes:
+    """The endless sequence of passes over a set's samples: maps ranges of positions to runs inside shards."""
+
+    def __init__(self, counts: Sequence[int], seed: int, shuffle: bool):
+        self.counts, self.seed, self.shuffle, self.total = list(counts), seed, shuffle, sum(counts)
+
+    def _layout(self, number: int) -> tuple[list[int], list[int], int]:
+        """(shards in order, position of the end of each, first position) of a pass."""
+        order, first = list(range(len(self.counts))), 0
+        if self.shuffle:
+            rng = random.Random(f"{self.seed}/pass/{number}")
+            rng.shuffle(order)
+            first = rng.randrange(self.total)  # else the same tail of a single shard would be left over each epoch
+        ends, at = [], 0
+        for shard in order:
+            at += self.counts[shard]
+            ends.append(at)
+        return order, ends, first
+
+    def runs(self, start: int, count: int) -> list[_Run]:
+        runs = []
+        while count > 0:
+            number, offset = divmod(start, self.total)
+            order, ends, first = self._layout(number)
+            while count > 0 and offset < self.total:
+                at = (first + offset) % self.total
+                i = bisect.bisect_right(ends, at)
+                n = min(ends[i] - at, self.total - offset, count)
+                low = at - (ends[i] - self.counts[order[i]])
+                runs.append(_Run(order[i], low, low + n))
+                offset, start, count = offset + n, start + n, count - n
+        return runs
+
+
+class _BufferOrder:
+    """0 … n-1 in the order in which a shuffle buffer of `size` elements emits them; size 1 keeps the order.
+
+    `held` and `next` are the elements in the buffer and the first that has not entered it.
+    """
+
+    def __init__(self, n: int, size: int, rng: random.Random):
+        self.n, self.rng, self.next = n, rng, min(n, max(1, size))
+        self.held = list(range(self.next))
+
+    def __iter__(self) -> _BufferOrder:
+        return self
+
+    def __next__(self) -> int:
+        if not self.held:
+            raise StopIteration
+        slot = self.rng.randrange(len(self.held))
+        out = self.held[slot]
+        if self.next < self.n:
+            self.held[slot] = self.next
+            self.next += 1
+        else:
+            self.held[slot] = self.held[-1]
+            self.held.pop()
+        return out
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One reader's part of an epoch: positions [start, start + size), in batches of the given sizes."""
+
+    start: int
+    batch_sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(self.batch_sizes)
+
+
+def reader_part(start: int, samples: int, steps: int, batch_size: int, worker: int, workers: int) -> _Part:
+    """The part of `worker` in a rank's positions [start, start + samples), read in `steps` batches.
+
+    Worker w makes batches w, w + workers, …; only the rank's last batch may be short, or empty (size 0) when another
+    rank has one more sample.
+    """
+    sizes = [batch_size] * steps
+    sizes[-1] = samples - (steps - 1) * batch_size
+    before = sum(sum(sizes[w::workers]) for w in range(worker))
+    return _Part(start + before, tuple(sizes[worker::workers]))
+
+
+# --------------------------------------------------------------------------------------------------------- the reader
+
+
+class _Reader:
+    """Fetches a part's samples by their ordinal, reading shards forward and keeping what is asked for later.
+
+    Args:
+        runs: where the part's samples lie, in order.
+        held, first: the ordinals below `first` that are still needed; all from `first` on are.
+    """
+
+    def __init__(
+        self, shards: ShardSet, runs: Sequence[_Run], held: Sequence[int], first: int, options: dict[str, Any]
+    ):
+        self.shards, self.runs, self.options = shards, runs, options
+        self._starts = [0]
+        for run in runs:
+            self._starts.append(self._starts[-1] + run.high - run.low)
+        self._needed, self._first = set(held), first
+        self._forward = self._read(lambda o: o >= first or o in self._needed)
+        self._kept: dict[int, tuple[RawSample, str]] = {}
+
+    def take(self, ordinal: int) -> tuple[RawSample, str]:
+        """(sample, shard name), for the last time."""
+        self.look(ordinal)
+        return self._kept.pop(ordinal)
+
+    def look(self, ordinal: int) -> tuple[RawSample, str]:
+        """As `take`, for samples that will be taken later."""
+        while ordinal not in self._kept:
+            found, sample, name = next(self._forward)
+            self._kept[found] = (sample, name)
+        return self._kept[ordinal]
+
+    def again(self, ordinal: int) -> tuple[RawSample, str]:
+        """A sample that was taken before: reads its shard anew."""
+        _, sample, name = next(self._read(lambda o: o == ordinal))
+        return sample, name
+
+    def _read(self, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
+        for number, run in enumerate(self.runs):
+            low, high = self._starts[number], self._starts[number + 1]
+            if any(needed(ordinal) for ordinal in range(low, high)):
+                yield from self._read_run(run, low, needed)
+
+    def _read_run(self, run: _Run, start: int, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
+        shard = self.shards.shards[run.shard]
+        indices = range(run.low, run.high) if shard.selected is None else shard.selected[run.low : run.high].tolist()
+        ordinals = {
+            index: start + i for i, index in enumerate(indices) if needed(start + i)
+        }  # index in the shard -> ordinal
+        last = max(ordinals)
+        damage = Damage()
+        attempt = 0
+        while ordinals:
+            try:
+                with open_bytes(shard.location, self.shards.allow_shell_urls) as file:
+                    samples = iter_samples(file, wanted=lambda index: index in ordinals, damage=damage, **self.options)
+                    for index, sample in samples:
+                        if index in ordinals:
+                            yield ordinals.pop(index), sample, shard.location
+                        if index >= last:
+                            break
+                break
+            except DataError:
+                raise
+            except Exception as error:  # file systems behind fsspec raise types of their own
+                if not isinstance(error, OSError) and not scheme(shard.location):
+                    raise
+                attempt += 1
+                if attempt >= _REMOTE_ATTEMPTS or not scheme(shard.location):
+                    raise DataError(f"{shard.location} could not be read ({type(error).__name__}: {error}).") from error
+                time.sleep(0.5 * 2**attempt)
+        for ordinal in ordinals.values():  # listed in the manifest, not found in the shard
+            yield ordinal, RawSample("", problem=_MISSING + ", ".join(damage.notes)), shard.location
+
+
+_MISSING = "missing: "
+
+
+# --------------------------------------------------------------------------------------------------------- the stream
+
+
+class ShardStream(IterableDataset):
+    """Batches of one rank, made by this process or by DataLoader workers. Use it through `ShardLoader`.
+
+    Each batch is a dict of what the sample class collates, and "_report": what was read, bad and missing for it.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        samples: Any,
+        *,
+        batch_size: int,
+        steps: int,
+        rank: int,
+        world: int,
+        seed: int,
+        train: bool,
+        shuffle_buffer: int,
+        contiguous: bool,
+        max_member_bytes: int,
+    ):
+        self.shards, self.samples = shards, samples
+        self.batch_size, self.steps, self.rank, self.world = batch_size, steps, rank, world
+        self.seed, self.train, self.shuffle_buffer = seed, train, shuffle_buffer
+        self.contiguous = contiguous  # epochs follow each other in the passes, with no remainder left out
+        self.options = {"extensions": frozenset(samples.extensions) & EXTENSIONS, "max_member_bytes": max_member_bytes}
+        self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # (epoch, batches done), seen by live workers
+
+    def part(self, epoch: int, worker: int, workers: int) -> _Part:
+        """The positions and batch sizes of one reader in an epoch."""
+        total = self.shards.samples
+        if self.train:
+            each = self.steps * self.batch_size
+            start = epoch * (each * self.world if self.contiguous else total) + self.rank * each
+            return reader_part(start, each, self.steps, self.batch_size, worker, workers)
+        low, high = self.rank * total // self.world, (self.rank + 1) * total // self.world
+        return reader_part(low, high - low, self.steps, self.batch_size, worker, workers)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch, done = self.position.tolist()
+        # A DataLoader asks its workers in turn from worker 0 on, also when it starts in the middle of an epoch.
+        worker = (worker + done) % workers
+        try:
+            yield from self._batches(epoch, worker, workers, skip=len(range(worker, done, workers)))
+        except DataError as error:  # DataLoader would wrap it in a worker's traceback
+            yield {"_error": str(error)}
+
+    def _batches(self, epoch: int, worker: int, workers: int, skip: int) -> Iterator[dict[str, Any]]:
+        part = self.part(epoch, worker, workers)
+        runs = _Passes([s.count for s in self.shards.shards], self.seed, self.train).runs(part.start, part.size)
+
+        def fresh_order() -> _BufferOrder:
+            rng = random.Random(f"{self.seed}/buffer/{epoch}/{self.rank}/{worker}")
+            return _BufferOrder(part.size, self.shuffle_buffer if self.train else 1, rng)
+
+        order = fresh_order()
+        for _ in range(sum(part.batch_sizes[:skip])):
+            next(order)
+        reader = _Reader(self.shards, runs, order.held, order.next, self.options)
+        ahead: deque[int] = deque()  # ordinals that were looked at before their turn
+        for size in part.batch_sizes[skip:]:
+            ordinals = [ahead.popleft() if ahead else next(order) for _ in range(size)]
+            report: dict[str, Any] = {"read": 0, "bad": [], "missing": {}}
+            items: list[Any] = []
+            bad_rows = []
+            for row, ordinal in enumerate(ordinals):
+                raw, where = reader.take(ordinal)
+                item, reason, detail = self._decode(raw, part.start + ordinal)
+                items.append(item)
+                if item is not None:
+                    report["read"] += 1
+                    continue
+                bad_rows.append(row)
+                if reason == "missing":
+                    count, _ = report["missing"].get(where, (0, ""))
+                    report["missing"][where] = (count + 1, detail)
+                else:
+                    report["bad"].append((reason, f"{raw.key} in {where}"))
+            if bad_rows:
+                spare = self._stand_ins(reader, order, ahead, fresh_order)
+                for row in bad_rows:
+                    items[row] = self._first_good(spare, part.start + ordinals[row])
+            if not items:  # another rank has one more sample: a repeat, flagged, keeps the number of steps equal
+                items = [self._padding()]
+            batch = self.samples.collate(items)
+            if not self.train:
+                batch["valid"] = torch.ones(len(items), dtype=torch.bool)
+                batch["valid"][bad_rows if size else 0] = False
+            batch["_report"] = report
+            yield batch
+
+    def _decode(self, raw: RawSample, position: int) -> tuple[Any, str, str]:
+        """(item, "", "") or (None, reason, detail)."""
+        if raw.problem is not None:
+            if raw.problem.startswith(_MISSING):
+                return None, "missing", raw.problem[len(_MISSING) :]
+            return None, raw.problem, ""
+        try:
+            return self.samples(raw, random.Random(f"{self.seed}/sample/{position}")), "", ""
+        except BadSample as error:
+            return None, error.reason, str(error)
+
+    def _stand_ins(
+        self, reader: _Reader, order: _BufferOrder, ahead: deque[int], fresh_order: Any
+    ) -> Iterator[RawSample]:
+        """Samples of the reader's order after the current batch, then from its beginning."""
+        index = 0
+        while True:
+            if index == len(ahead):
+                ordinal = next(order, None)
+                if ordinal is None:
+                    break
+                ahead.append(ordinal)
+            yield reader.look(ahead[index])[0]
+            index += 1
+        for ordinal in fresh_order():
+            yield reader.again(ordinal)[0]
+
+    def _first_good(self, spare: Iterator[RawSample], position: int) -> Any:
+        for raw in spare:
+            item, _, _ = self._decode(raw, position)
+            if item is not None:
+                return item
+        raise DataError(
+            f"No readable sample is left to stand in for the damaged ones of {_some([s.location for s in self.shards.shards])}; "
+            f"`tokgen.data.verify` says what is wrong with a shard folder."
+        )
+
+    def _padding(self) -> Any:
+        passes = _Passes([s.count for s in self.shards.shards], self.seed, shuffle=False)
+        reader = _Reader(self.shards, passes.runs(0, passes.total), [], 0, self.options)
+        return self._first_good((reader.take(o)[0] for o in range(passes.total)), 0)
+
+
+# --------------------------------------------------------------------------------------------------------- the loader
+
+
+@dataclass
+class LoaderStats:
+    """What a loader has read on this rank since it was made.
+
+    Attributes:
+        read: samples delivered in their own place.
+        skipped: bad samples by reason ("empty caption", "unreadable image", "cut off", …).
+        missing: samples that manifests list and shards do not hold.
+        examples: for each reason, the first few samples.
+        damaged: shard -> what was wrong with it.
+    """
+
+    read: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    missing: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bad(self) -> int:
+        return sum(self.skipped.values())
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        """Take in the report of one batch; log each reason and each damaged shard the first time."""
+        self.read += report["read"]
+        for reason, name in report["bad"]:
+            if reason not in self.skipped:
+                log.warning("Skipped a sample: %s (%s). Others like it are counted, not logged.", reason, name)
+            self.skipped[reason] = self.skipped.get(reason, 0) + 1
+            examples = self.examples.setdefault(reason, [])
+            if len(examples) < 5 and name not in examples:
+                examples.append(name)
+        for shard, (count, detail) in report["missing"].items():
+            if shard not in self.damaged:
+                self.damaged[shard] = detail or "ends early"
+                log.warning("%s holds fewer samples than its manifest lists (%s).", shard, self.damaged[shard])
+            self.missing += count
+
+    def as_dict(self) -> dict[str, int]:
+        """Flat counts for a logger: read, missing, skipped, and skipped/REASON."""
+        each = {f"skipped/{reason.replace(' ', '_')}": count for reason, count in sorted(self.skipped.items())}
+        return {"read": self.read, "missing": self.missing, "skipped": self.bad, **each}
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        return (
+            f"{self.read} samples read, {self.bad} skipped{f' ({reasons})' if reasons else ''}, {self.missing} missing"
+        )
+
+
+class ShardLoader:
+    """Batches of one rank; sized, and stateful in the sense of Lightning (`state_dict`, `load_state_dict`).
+
+    Iterating runs to the end of the epoch: from its beginning, or from where `load_state_dict` put it. An iteration that
+    was abandoned is followed by the next epoch. With `train=False` each iteration is the same: all samples in order.
+
+    Args:
+        shards: the data set.
+        samples: an instance of `ImageSamples`, `CodeSamples` or `VideoSamples`.
+        batch_size: samples per batch on each rank.
+        rank, world: this process among all.
+        num_workers: reader processes; 0 reads in this one. The order of samples depends on it.
+        seed: orders and augmentations follow from it.
+        train: shuffle and repeat. Otherwise every sample comes exactly once on the union of ranks, the last batch may be
+            short, and batches carry "valid" (bool (B,)): False for a repeat that stands in for a bad sample, or that
+            keeps the number of steps equal on all ranks.
+        shuffle_buffer: samples (undecoded) that each reader draws from.
+        steps_per_epoch: batches per epoch on each rank; None: floor(samples / (world · batch_size)). With a number,
+            epochs follow each other through the passes, so that none is favoured.
+        max_bad_fraction: DataError when more than this part of a rank's epoch is bad (three samples are always
+            tolerated, except with 0). Samples missing from damaged shards are counted apart; they end the run when they
+            are more than half.
+        max_member_bytes: larger members make their sample bad.
+        pin_memory, multiprocessing_context: as in torch's DataLoader.
+
+    Raises:
+        DataError: fewer samples than one batch on every rank; while iterating: too many bad samples, an unreadable shard.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        samples: Any,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        train: bool = True,
+        shuffle_buffer: int = 1000,
+        steps_per_epoch: int | None = None,
+        max_bad_fraction: float = 0.01,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
+        pin_memory: bool = False,
+        multiprocessing_context: str | None = None,
+    ):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("steps_per_epoch", 1 if steps_per_epoch is None else steps_per_epoch, 1),
+            ("max_member_bytes", max_member_bytes, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not in 0 … {world - 1}.")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is a part of the samples, in [0, 1], not {max_bad_fraction}.")
+        total = shards.samples
+        if train:
+            steps = steps_per_epoch or total // (world * batch_size)
+            if total < world * batch_size:
+                readers = f" on each of {world} ranks" if world > 1 else ""
+                raise DataError(
+                    f"{_some([s.location for s in shards.shards], 1)}: {total} samples do not fill one batch of {batch_size}{readers}; "
+                    f"use batch_size {max(1, total // world)} or less."
+                )
+        else:
+            most = -(-total // world)  # samples of the fullest rank
+            steps = -(-most // batch_size)
+        self.steps, self.num_workers, self.train = steps, num_workers, train
+        self.max_bad_fraction = max_bad_fraction
+        self.stats = LoaderStats(missing=shards.unreadable if rank == 0 else 0)
+        self.stream = ShardStream(
+            shards, samples, batch_size=batch_size, steps=steps, rank=rank, world=world, seed=seed, train=train,
+            shuffle_buffer=shuffle_buffer, contiguous=steps_per_epoch is not None, max_member_bytes=max_member_bytes,
+        )  # fmt: skip
+        self.epoch, self.batch = 0, 0
+        self._resumed = False
+        self._epoch_bad = self._epoch_missing = 0
+        self._batches = self.stream
+        if num_workers:
+            self._batches = DataLoader(
+                self.stream, batch_size=None, num_workers=num_workers, persistent_workers=True, pin_memory=pin_memory,
+                multiprocessing_context=multiprocessing_context,
+                generator=torch.Generator(),  # else each epoch would draw from the global one
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Lightning does not come back after the last batch, so all bookkeeping happens before a batch is handed out.
+        if not self.train:
+            self.epoch = self.batch = 0
+        elif self.batch and not self._resumed:
+            self.epoch, self.batch = self.epoch + 1, 0
+        self._resumed = False
+        self._epoch_bad = self._epoch_missing = 0
+        self.stream.position.copy_(torch.tensor([self.epoch, self.batch]))
+        for batch in self._batches:
+            if "_error" in batch:
+                raise DataError(batch["_error"])
+            self._account(batch.pop("_report"))
+            self.batch += 1
+            last = self.batch == self.steps
+            if last:
+                self.epoch, self.batch = self.epoch + 1, 0
+                if self._epoch_bad or self._epoch_missing:
+                    log.warning("Data so far: %s.", self.stats)
+            yield batch
+            if last:
+                return
+
+    def _account(self, report: Mapping[str, Any]) -> None:
+        self.stats.add(report)
+        self._epoch_bad += len(report["bad"])
+        self._epoch_missing += sum(count for count, _ in report["missing"].values())
+        planned = sum(self.stream.part(0, 0, 1).batch_sizes)
+        allowed = max(_ALWAYS_TOLERATED, self.max_bad_fraction * planned) if self.max_bad_fraction else 0
+        if self._epoch_bad > allowed:
+            worst = max(self.stats.skipped, key=self.stats.skipped.get)
+            raise DataError(
+                f"{self._epoch_bad} bad samples in this epoch's {planned} are more than max_bad_fraction="
+                f"{self.max_bad_fraction} allows: {self.stats}. Most are {worst!r}, such as {self.stats.examples[worst][0]}. "
+                f"Pack the data set anew, or raise max_bad_fraction."
+            )
+        if self._epoch_missing > _MISSING_LIMIT * planned:
+            raise DataError(
+                f"{self._epoch_missing} of this epoch's {planned} samples are missing from damaged shards "
+                f"({_some([f'{shard}: {what}' for shard, what in self.stats.damaged.items()])}). Copy or pack them again."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch comes from; equal on all ranks."""
+        return {"epoch": self.epoch, "batch": self.batch, **self._conditions()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken: exactly, when data set, seed, batch size, ranks and workers are the same.
+
+        Otherwise a warning says what differs; then the rest of that epoch repeats or misses some samples.
+        """
+        now = self._conditions()
+        changed = [
+            f"{name} was {state[name]}, is {now[name]}" for name in now if name in state and state[name] != now[name]
+        ]
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        if changed:
+            log.warning("The data position cannot be resumed exactly: %s.", "; ".join(changed))
+            if self.batch >= self.steps:
+                self.epoch, self.batch = self.epoch + 1, 0
+        self._resumed = True
+
+    def _conditions(self) -> dict[str, int]:
+        stream = self.stream
+        return {
+            "samples": stream.shards.samples,
+            "batch_size": stream.batch_size,
+            "steps": self.steps,
+            "world": stream.world,
+            "readers": max(1, self.num_workers),
+            "seed": stream.seed,
+            "shuffle_buffer": stream.shuffle_buffer,
+        }
+
+    def close(self) -> None:
+        """Stop the reader processes; the loader can still be iterated, which starts them again."""
+        iterator = getattr(self._batches, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._batches._iterator = None
