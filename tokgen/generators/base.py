@@ -1,0 +1,251 @@
+"""The generator's contract: captions and code ids to a loss, captions to `Tokens`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokgen.errors import ConfigError, InputError
+from tokgen.generators.text import SETTINGS, TextTokenizer
+from tokgen.pretrained import Pretrained, Registry
+from tokgen.tokens import Layout, Tokens
+
+if TYPE_CHECKING:
+    from tokgen.generators.sampling import SamplingReport, Seeds
+    from tokgen.tokenizers.base import VisualTokenizer
+
+GENERATORS: Registry[Generator] = Registry("generator", {"llama": "tokgen.generators.llama:LlamaGenerator"})
+
+
+@dataclass
+class GeneratorOutput:
+    """What a generator's forward gives.
+
+    Attributes:
+        loss: the weighted sum of `losses`, a scalar.
+        logits: float32 (B, N, K), or (B, N, C, max K) for C codebooks, -inf beyond a codebook's size; in the layout's
+            own order, each position's prediction of its own id.
+        losses: the terms as they enter `loss`, by name ("ce", "z_loss", "text").
+        stats: detached scalars for the log ("accuracy").
+        text_logits: float32 (B, T, text vocabulary), the prediction of the next text id; None unless asked for.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    text_logits: Tensor | None = None
+
+
+class Generator(Pretrained):
+    """Base of all generators: a causal language model over [text, begin-of-image, codes].
+
+    Args:
+        config: the system's configuration.
+        text: captions to ids; needed by `loss` on captions and by `generate`.
+        tokenizer_fingerprint: of the visual tokenizer whose codes this was trained on; written into generated tokens.
+        visual_tokenizer: where that tokenizer lies, relative to the saved folder ("tokenizer", "../tokenizer").
+        generation: default arguments of `generate` (fields of `SamplingSettings`), kept in `config.json`.
+
+    Raises:
+        ConfigError: sizes that do not fit together, or an unknown name in `generation`.
+    """
+
+    layout: Layout
+    codebook_sizes: tuple[int, ...]
+    max_text: int
+    config_class: ClassVar[type]
+
+    def __init__(
+        self,
+        config: Any,
+        text: TextTokenizer | None = None,
+        tokenizer_fingerprint: str = "",
+        visual_tokenizer: str | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config)
+        from tokgen.generators.sampling import SamplingSettings
+
+        self.text = text
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.visual_tokenizer = visual_tokenizer
+        self.generation = dict(generation or {})
+        SamplingSettings.of(self.generation)  # complains about unknown names now rather than at the first picture
+
+    # -- what a system implements -------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        code_ids: Tensor,
+        code_mask: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        text_loss: float = 0.0,
+    ) -> GeneratorOutput:
+        """Teacher-forced prediction of every code id.
+
+        Args:
+            text_ids, text_mask: int64 and bool (B, T), as `TextTokenizer.encode` gives them.
+            code_ids: int64 (B, N) or (B, N, C), N the layout's length.
+            code_mask: bool (B, N), True where an id counts in the loss; None means all.
+            z_loss: weight of mean(log^2 sum exp logits).
+            label_smoothing: of the code cross-entropy.
+            text_loss: weight of the cross-entropy of the next text id; above 0 `text_logits` are computed.
+        """
+        raise NotImplementedError
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Any], **weights: float) -> GeneratorOutput:
+        """`forward` on a batch of code shards; in training, captions are dropped with `config.caption_dropout`.
+
+        A dropped caption leaves the begin-of-sequence id alone, which with begin-of-image is the unconditional prompt.
+
+        Args:
+            batch: "ids" integer (B, N[, C]), optionally "mask" bool (B, N), and either "caption" (list of B strings) or
+                "text_ids" and "text_mask" (B, T).
+            weights: `z_loss`, `label_smoothing`, `text_loss` of `forward`.
+        """
+        device = self.device
+        if "text_ids" in batch:
+            text_ids, text_mask = batch["text_ids"], batch["text_mask"]
+        else:
+            text_ids, text_mask = self.encode_text(batch["caption"])
+        dropout = getattr(self.config, "caption_dropout", 0.0)
+        if self.training and dropout > 0:
+            dropped = torch.rand(len(text_ids)) < dropout
+            text_mask = text_mask.clone()
+            text_mask[dropped.to(text_mask.device), 1:] = False
+        mask = batch.get("mask")
+        mask = None if mask is None else mask.to(device)
+        return self(text_ids.to(device), text_mask.to(device), batch["ids"].to(device).long(), mask, **weights)
+
+    def encode_text(self, prompts: Sequence[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, T) of captions, on the CPU. Raises ConfigError without a text tokenizer."""
+        if self.text is None:
+            raise ConfigError(
+                f"this {type(self).__name__} has no text tokenizer; pass text=TextTokenizer… when building it"
+            )
+        return self.text.encode(prompts, self.max_text, pad_to)
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[str], **arguments: Any) -> Tokens:
+        """Tokens drawn for the prompts; the arguments are those of `sample`."""
+        return self.sample(prompts, **arguments)[0]
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        guidance_scale: float | None = None,
+        schedule: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_power: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        generator: Seeds = None,
+        compile: bool = False,
+        progress: bool = False,
+    ) -> tuple[Tokens, SamplingReport]:
+        """Draw one image's tokens for each prompt.
+
+        Arguments left at None take the value in `self.generation`, else the default of `SamplingSettings`, which explains
+        them. Every image has exactly the layout's length of ids.
+
+        Args:
+            prompts: B captions; "" is unconditional.
+            generator: seeds. An int gives image i the seed `generator + i`; a list gives each image its own; a
+                torch.Generator draws them; None draws fresh ones. The same prompt and seed give the same ids in any batch.
+            compile: compile the decoding step; slow in the first call, then faster. Needs a C++ compiler on the CPU.
+            progress: show a progress bar.
+
+        Raises:
+            InputError: no prompts, or seeds that do not match them. ConfigError: a setting out of range.
+        """
+        from tokgen.generators import sampling
+
+        if isinstance(prompts, str) or not len(prompts):
+            raise InputError("prompts must be a list of at least one string; wrap a single prompt as [prompt]")
+        given = {
+            "guidance_scale": guidance_scale,
+            "schedule": schedule,
+            "guidance_interval": guidance_interval,
+            "guidance_power": guidance_power,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+        }
+        settings = sampling.SamplingSettings.of(
+            {**self.generation, **{name: value for name, value in given.items() if value is not None}}
+        )
+        seeds = sampling.seeds_of(generator, len(prompts))
+        # One prompt length for all calls keeps the compiled step's shapes static.
+        text_ids, text_mask = self.encode_text(prompts, pad_to=self.max_text if compile else None)
+        ids, report = sampling.generate(self, text_ids, text_mask, settings, seeds, compile=compile, progress=progress)
+        ids = ids if len(self.codebook_sizes) > 1 else ids[..., 0]
+        return Tokens(ids, self.layout, self.codebook_sizes, tokenizer=self.tokenizer_fingerprint), report
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def extra_config(self) -> dict[str, Any]:
+        return {
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "visual_tokenizer": self.visual_tokenizer,
+            "generation": self.generation,
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: VisualTokenizer | None = None) -> Path:
+        """Write weights, configuration and text tokenizer; with `tokenizer`, also that into the subfolder "tokenizer".
+
+        Raises:
+            TokenizerMismatch: `tokenizer` is not the one this generator was trained for.
+        """
+        folder = Path(folder)
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer)
+            tokenizer.save_pretrained(folder / "tokenizer")
+            self.visual_tokenizer = "tokenizer"
+        if self.text is not None:
+            self.text.save(folder)
+        return super().save_pretrained(folder)
+
+    @classmethod
+    def build(cls, config: Any, folder: Path, data: dict[str, Any], **kwargs: Any) -> Generator:
+        kwargs.setdefault("text", TextTokenizer.load(folder) if (folder / SETTINGS).is_file() else None)
+        for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
+            if name in data:
+                kwargs.setdefault(name, data[name])
+        return cls(config, **kwargs)
+
+    def check_tokenizer(self, tokenizer: VisualTokenizer) -> None:
+        """Raise TokenizerMismatch unless this generator's codes are those of `tokenizer`."""
+        from tokgen.errors import TokenizerMismatch
+
+        if tuple(tokenizer.codebook_sizes) != self.codebook_sizes:
+            raise TokenizerMismatch(
+                f"the generator draws codebooks {self.codebook_sizes} but the tokenizer has "
+                f"{tuple(tokenizer.codebook_sizes)}; use the tokenizer it was trained with"
+            )
+        if self.tokenizer_fingerprint and self.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise TokenizerMismatch(
+                f"the generator was trained on codes of tokenizer {self.tokenizer_fingerprint}, this one is "
+                f"{tokenizer.fingerprint}; use the tokenizer it was trained with"
+            )
