@@ -182,11 +182,11 @@ class _HashingFile:
         self._file.close()
 
 
-def safe_key(name: str) -> str:
-    """A key without dots, slashes or anything a path or a shell could mind; never empty, at most 80 characters."""
+def safe_key(name: str, limit: int = _KEY_LIMIT) -> str:
+    """A key without dots, slashes or anything a path or a shell could mind; never empty, at most `limit` characters."""
     key = re.sub(r"[^A-Za-z0-9_\-]+", "_", name).strip("_-")
-    if len(key) > _KEY_LIMIT:  # keep long names distinct
-        key = key[: _KEY_LIMIT - 9] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    if len(key) > limit:  # keep long names distinct
+        key = key[: limit - 9] + "_" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
     return key or "sample"
 
 
