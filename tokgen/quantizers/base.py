@@ -67,7 +67,7 @@ class Quantizer(nn.Module):
 
     @classmethod
     def example_options(cls) -> dict[str, dict[str, Any]]:
-        """Small sets of options by name, with "dim" among them, that the conformance suite builds and checks."""
+        """Small sets of options by name, without `dim`, that the conformance suite builds at dim 8 and checks."""
         raise NotImplementedError
 
 

@@ -39,8 +39,8 @@ class FSQ(CodeQuantizer):
     @classmethod
     def example_options(cls) -> dict[str, dict[str, Any]]:
         return {
-            "plain": {"dim": 4, "levels": [8, 5, 5, 5]},
-            "projected": {"dim": 12, "levels": [7, 4, 2]},
+            "plain": {"levels": [5, 4, 3, 2, 3, 2, 2, 2]},
+            "projected": {"levels": [8, 5, 5, 5]},
         }
 
     def bound(self, y: Tensor) -> Tensor:

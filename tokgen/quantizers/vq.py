@@ -96,13 +96,13 @@ class VQ(CodeQuantizer):
 
     @classmethod
     def example_options(cls) -> dict[str, dict[str, Any]]:
-        small = {"dim": 6, "codebook_size": 48}
+        small = {"codebook_size": 48}
         return {
             "gradient": small,
             "ema": {**small, "update": "ema", "kmeans_init": True, "revive_below": 0.05},
-            "cosine": {"dim": 8, "codebook_size": 64, "metric": "cosine", "entropy_weight": 0.1},
+            "cosine": {"codebook_size": 64, "metric": "cosine", "entropy_weight": 0.1},
             "cosine-ema": {**small, "metric": "cosine", "update": "ema"},
-            "projected": {"dim": 16, "codebook_size": 100, "code_dim": 4, "rotation_trick": True, "revive_below": 0.01},
+            "projected": {"codebook_size": 100, "code_dim": 4, "rotation_trick": True, "revive_below": 0.01},
         }
 
     def metric_space(self, y: Tensor) -> Tensor:
@@ -116,6 +116,11 @@ class VQ(CodeQuantizer):
 
     def train_step(self, y: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         y = self.metric_space(y)
+        codes, ids, losses = self.fit(y, keep)
+        return (rotate_to(y, codes) if self.rotation_trick else straight_through(y, codes)), ids, losses
+
+    def fit(self, y: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A step of training without the estimator: (codes (n, code_dim) detached, ids, losses) of y in metric space."""
         kept = y if keep is None else y[keep]
         self.codebook.prepare(kept)
         ids = nearest(y, self.codebook.weight, self.metric)
@@ -131,8 +136,7 @@ class VQ(CodeQuantizer):
             losses["entropy"] = self.entropy_weight * (each - mean)
 
         self.codebook.observe(kept, ids if keep is None else ids[keep])
-        codes = codes.detach()
-        return (rotate_to(y, codes) if self.rotation_trick else straight_through(y, codes)), ids, losses
+        return codes.detach(), ids, losses
 
 
 class Codebook(nn.Module):
