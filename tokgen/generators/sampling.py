@@ -233,8 +233,9 @@ def prefill(
     p = x.shape[1]
     causal = torch.ones(p, p, dtype=torch.bool, device=x.device).tril()
     rope = rope[0][:, :p], rope[1][:, :p]
-    hidden = model.blocks(x, rope, causal & mask[:, None, None], cache, torch.arange(p, device=x.device), p)
-    return model.code_logits(model.to_slots(hidden[:, -1:]), 0, head)[:, 0]
+    at = torch.arange(p, device=x.device)
+    hidden = model.blocks(x, rope, causal & mask[:, None, None], cache, at, p, keep=p - 1)
+    return model.code_logits(model.to_slots(hidden), 0, head)[:, 0]
 
 
 def decode_one(

@@ -139,6 +139,7 @@ class Attention(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         at: Tensor | None = None,
         end: int | None = None,
+        keep: int = 0,
     ) -> Tensor:
         """Attend.
 
@@ -150,9 +151,10 @@ class Attention(nn.Module):
             cache: one layer of a `KVCache`; the new keys and values are written to it.
             at: int64 (L,), the cache slots to write.
             end: attend to the first `end` slots only; None to all, which keeps shapes static for the compiler.
+            keep: give the output of positions from here on only; needs a mask.
 
         Returns:
-            (B, L, dim).
+            (B, L - keep, dim).
         """
         b, length, _ = x.shape
         h, g = self.n_heads, self.n_kv_heads
@@ -169,6 +171,8 @@ class Attention(nn.Module):
             values.index_copy_(2, at, v.to(values.dtype))
             k, v = (keys, values) if end is None else (keys[:, :, :end], values[:, :, :end])
             k, v = k.to(q.dtype), v.to(q.dtype)
+        if keep:
+            q, mask = q[:, :, keep:], mask[:, :, keep:]
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -177,8 +181,8 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and cache is None,
             enable_gqa=h != g,
-        )  # (B, heads, L, head_dim)
-        out = self.wo(out.transpose(1, 2).reshape(b, length, h * self.head_dim))
+        )  # (B, heads, L - keep, head_dim)
+        out = self.wo(out.transpose(1, 2).reshape(b, length - keep, h * self.head_dim))
         return F.dropout(out, self.residual_dropout, self.training)
 
 
@@ -212,7 +216,8 @@ class DecoderBlock(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         at: Tensor | None = None,
         end: int | None = None,
+        keep: int = 0,
     ) -> Tensor:
         """As `Attention.forward`."""
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, at, end)
+        x = x[:, keep:] + self.attention(self.attention_norm(x), rope, mask, cache, at, end, keep)
         return x + self.feed_forward(self.ffn_norm(x))

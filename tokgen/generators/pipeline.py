@@ -1,0 +1,194 @@
+"""Text to pictures in diffusers' habits: a generator and the visual tokenizer of its codes, as one callable.
+
+>>> pipe = TextToImagePipeline.from_pretrained("assets/demo/generator")
+>>> pipe("red heart, 3d style", generator=0).images[0].save("heart.png")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokgen.errors import CheckpointError, InputError
+from tokgen.generators.base import Generator
+from tokgen.pretrained import CONFIG, resolve
+from tokgen.tokens import Tokens
+
+if TYPE_CHECKING:
+    from tokgen.generators.sampling import SamplingReport, Seeds
+    from tokgen.tokenizers.base import VisualTokenizer
+
+OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
+
+
+@dataclass
+class TextToImageOutput:
+    """What a call of the pipeline gives, B = prompts x num_images_per_prompt, the images of one prompt together.
+
+    Attributes:
+        images: B PIL images (of a video, B lists of frames), or float (B, 3, H, W) tensor, or float (B, H, W, 3) array,
+            in [0, 1]; None for output_type "tokens".
+        tokens: the ids behind them.
+        settings: plain data that draws them again: prompts, seeds, sampling settings, fingerprints, version.
+        report: timings.
+    """
+
+    images: Any
+    tokens: Tokens
+    settings: dict[str, Any]
+    report: SamplingReport
+
+
+class TextToImagePipeline:
+    """Draw pictures of captions.
+
+    Args:
+        generator: captions to tokens.
+        tokenizer: tokens to pixels.
+
+    Raises:
+        TokenizerMismatch: the generator was trained on another tokenizer's codes.
+    """
+
+    def __init__(self, generator: Generator, tokenizer: VisualTokenizer) -> None:
+        generator.check_tokenizer(tokenizer)
+        self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | VisualTokenizer | None = None,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> TextToImagePipeline:
+        """Load a generator's folder or Hub repository and the tokenizer it names or holds.
+
+        Args:
+            tokenizer: another place of the tokenizer, or the tokenizer itself.
+
+        Raises:
+            CheckpointError: a part is missing, damaged or of the wrong kind.
+            TokenizerMismatch: the two do not belong together.
+        """
+        from tokgen.hub import load
+        from tokgen.tokenizers.base import VisualTokenizer
+
+        folder = resolve(path_or_repo, revision)
+        generator = load(folder)
+        if not isinstance(generator, Generator):
+            raise CheckpointError(
+                f"{folder} holds a {type(generator).__name__}, not a generator; expected a generator's folder"
+            )
+        if tokenizer is None:
+            place = folder / (generator.visual_tokenizer or "tokenizer")
+            if not (place / CONFIG).is_file():
+                raise CheckpointError(
+                    f"{folder} neither holds nor names its visual tokenizer ({place} has no {CONFIG}); pass tokenizer=…"
+                )
+            tokenizer = place
+        if not isinstance(tokenizer, VisualTokenizer):
+            place, tokenizer = tokenizer, load(tokenizer)
+            if not isinstance(tokenizer, VisualTokenizer):
+                raise CheckpointError(
+                    f"{place} holds a {type(tokenizer).__name__}; expected a visual tokenizer's folder"
+                )
+        pipeline = cls(generator, tokenizer)
+        return pipeline if device is None else pipeline.to(device)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the generator, with the tokenizer in the subfolder "tokenizer"; `from_pretrained` reads it."""
+        return self.generator.save_pretrained(folder, tokenizer=self.tokenizer)
+
+    def to(self, device: torch.device | str) -> TextToImagePipeline:
+        self.generator.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        generator: Seeds = None,
+        output_type: str = "pil",
+        **arguments: Any,
+    ) -> TextToImageOutput:
+        """Draw.
+
+        Settings left at None take the defaults saved with the generator. The first image of each call depends on
+        `generator` (see `Generator.sample`), the prompt and the settings alone.
+
+        Args:
+            prompt: one caption or several; "" is unconditional.
+            num_images_per_prompt: images of each caption.
+            guidance_scale, temperature, top_k, top_p, min_p: see `SamplingSettings`.
+            generator: an int (image i gets that + i), a list of one per image, a torch.Generator, or None.
+            output_type: "pil", "pt", "np" or "tokens" (no pixels).
+            arguments: `schedule`, `guidance_interval`, `guidance_power`, `compile`, `progress` of `Generator.sample`.
+
+        Raises:
+            InputError: no prompt, an unknown output_type, fewer than one image, or seeds that do not match.
+            ConfigError: a setting out of range.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type={output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt={num_images_per_prompt}; expected at least 1")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        tokens, report = self.generator.sample(
+            prompts,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            generator=generator,
+            **arguments,
+        )
+        pixels = None if output_type == "tokens" else self.tokenizer.decode(tokens).cpu()
+        images = pixels
+        if output_type == "np":
+            images = pixels.movedim(-3, -1).numpy()
+        elif output_type == "pil":
+            images = [_to_pil(p) for p in pixels]
+        return TextToImageOutput(images, tokens, self._settings(prompts, report), report)
+
+    def _settings(self, prompts: list[str], report: SamplingReport) -> dict[str, Any]:
+        import tokgen
+
+        settings = dataclasses.asdict(report.settings)
+        return {
+            "prompts": prompts,
+            "seeds": list(report.seeds),
+            **settings,
+            "guidance_interval": list(settings["guidance_interval"]),
+            "generator": self.generator.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "tokgen_version": tokgen.__version__,
+        }
+
+
+def _to_pil(pixels: Tensor) -> Any:
+    """A PIL image of float (3, H, W) in [0, 1]; a list of them of (T, 3, H, W)."""
+    from PIL import Image
+
+    if pixels.ndim == 4:
+        return [_to_pil(frame) for frame in pixels]
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
