@@ -1,0 +1,422 @@
+"""Training a generator on code shards: the next id, given the caption and the ids before it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
+from tokgen.generators.base import GENERATORS, Generator
+from tokgen.generators.text import SETTINGS, TextTokenizer
+from tokgen.pretrained import config_from_dict, resolve
+from tokgen.quantizers.base import sum_over_ranks
+from tokgen.tokenizers.base import VisualTokenizer
+from tokgen.tokens import Tokens
+from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule
+from tokgen.training.callbacks import save_png, show
+
+log = logging.getLogger(__name__)
+FROM_DATA = ("layout", "codebook_sizes", "text_vocab")  # fields of a generator's configuration that the shards decide
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where the text vocabulary comes from.
+
+    Attributes:
+        path: a folder that `TextTokenizer.save` or a generator's `save_pretrained` wrote, or a Hub name; None learns one
+            from the captions of the training shards, the same from the same shards.
+        vocab_size: upper bound of a learned vocabulary; also the size of the text embedding.
+        special_words: words or phrases that get one id each.
+        lowercase: captions are lower-cased.
+        max_captions: captions read to learn from.
+    """
+
+    path: str | None = None
+    vocab_size: int = 4096
+    special_words: tuple[str, ...] = ()
+    lowercase: bool = True
+    max_captions: int = 1_000_000
+
+
+class GeneratorModule(TrainingModule):
+    """A generator, its text vocabulary, and the loss. Layout, codebook sizes and the tokenizer's fingerprint come from
+    the shards.
+
+    Args:
+        generator: a name registered in `tokgen.generators` ("llama").
+        config: fields of its configuration, without those that the shards decide (layout, codebook sizes, text
+            vocabulary).
+        text: where the text vocabulary comes from.
+        visual_tokenizer: folder or Hub name of the tokenizer that made the codes. It is checked against the shards,
+            decodes the sample grid, and goes into the published folder. None: no grid, and the folder names none.
+        generation: default sampling settings of the published generator (fields of `SamplingSettings`); the sample grid
+            uses them.
+        schedule, accumulate, clip, max_bad_steps: see `TrainingModule`.
+        optimizer: makes the optimizer from parameter groups; norms and other vectors are not decayed.
+        label_smoothing: of the code cross-entropy, in training.
+        z_loss: weight of mean(log^2 sum exp logits).
+        text_loss: weight of predicting the caption too.
+        init_from: published generator to start from, with its text vocabulary.
+        compile: compile the blocks in place.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    ema_modules: ClassVar[tuple[str, ...]] = ("generator",)
+    export_name: ClassVar[str] = "generator"
+
+    def __init__(
+        self,
+        generator: str = "llama",
+        config: dict[str, Any] | None = None,
+        text: Text = Text(),
+        visual_tokenizer: str | None = None,
+        generation: dict[str, Any] | None = None,
+        schedule: Schedule = Schedule(warmup_steps=1000),  # noqa: B008  (frozen)
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        text_loss: float = 0.0,
+        accumulate: int = 1,
+        clip: float | None = 1.0,
+        max_bad_steps: int = 20,
+        init_from: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(schedule, accumulate, clip, max_bad_steps)
+        if not 0 <= label_smoothing < 1 or z_loss < 0 or text_loss < 0:
+            raise ConfigError(
+                f"label_smoothing {label_smoothing} must be in [0, 1), z_loss {z_loss} and text_loss {text_loss} at least 0"
+            )
+        self.kind, self.sizes, self.text, self.generation = generator, dict(config or {}), text, dict(generation or {})
+        self.cls = GENERATORS[generator]
+        self._check_sizes()
+        self.make_optimizer = optimizer
+        self.weights = {"label_smoothing": label_smoothing, "z_loss": z_loss, "text_loss": text_loss}
+        self.init_from, self.compile_blocks = init_from, compile
+        self.generator: Generator | None = None
+        # decodes pictures for the log; not a submodule, so that neither checkpoints, EMA nor the strategy carry it
+        self.__dict__["visual_tokenizer"] = None
+        if visual_tokenizer is not None:
+            import tokgen
+
+            loaded = tokgen.load(visual_tokenizer)
+            if not isinstance(loaded, VisualTokenizer):
+                raise ConfigError(f"visual_tokenizer {visual_tokenizer!r} holds a {type(loaded).__name__}")
+            self.__dict__["visual_tokenizer"] = loaded
+        self._facts: dict[str, Any] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def _check_sizes(self) -> None:
+        fields = [f.name for f in dataclasses.fields(self.cls.config_class) if f.name not in FROM_DATA]
+        for name in self.sizes:
+            if name in FROM_DATA:
+                raise ConfigError(f"config.{name} comes from the shards and the text vocabulary; leave it out")
+            if name not in fields:
+                raise ConfigError(f"config has no {name!r} for generator {self.kind!r}; expected {', '.join(fields)}")
+
+    # -- building, once the data is known -----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read the shards' facts and make the text vocabulary. Raises TokenizerMismatch, DataError, ConfigError."""
+        if self._facts:
+            return
+        data = self.trainer.datamodule
+        if data is None or data.kind != "codes":
+            kind = "nothing" if data is None else data.kind
+            raise ConfigError(
+                f"GeneratorModule trains on code shards and was given {kind}; make them with `tokgen tokenize`"
+            )
+        meta = data.meta
+        self._facts = {
+            "layout": meta["layout"],
+            "codebook_sizes": tuple(meta["codebook_sizes"]),
+            "tokenizer_fingerprint": meta.get("tokenizer", ""),
+        }
+        if self.visual_tokenizer is not None:
+            self._check_tokenizer(self.visual_tokenizer)
+        self._text = self._make_text(stage)
+
+    def _check_tokenizer(self, tokenizer: VisualTokenizer) -> None:
+        sizes, fingerprint = self._facts["codebook_sizes"], self._facts["tokenizer_fingerprint"]
+        if tuple(tokenizer.codebook_sizes) != sizes:
+            raise TokenizerMismatch(
+                f"the shards hold codes of codebooks {sizes}, visual_tokenizer has {tuple(tokenizer.codebook_sizes)}; "
+                "use the tokenizer that made the shards"
+            )
+        if fingerprint and tokenizer.fingerprint != fingerprint:
+            raise TokenizerMismatch(
+                f"the shards were made by tokenizer {fingerprint}, visual_tokenizer is {tokenizer.fingerprint}; use that "
+                "one, or tokenize anew"
+            )
+
+    def _make_text(self, stage: str) -> TextTokenizer | None:
+        where = self.init_from or self.text.path
+        if where is not None:
+            folder = resolve(where) if self.init_from else Path(where)
+            return TextTokenizer.load(folder) if (folder / SETTINGS).is_file() else TextTokenizer.from_name(where)
+        if stage != "fit":
+            return None  # comes with the checkpoint
+        made: list[str] = []
+        if self.trainer.is_global_zero:
+            start = time.monotonic()
+            captions = list(training_captions(self.trainer.datamodule, self.text.max_captions))
+            text = TextTokenizer.train(
+                captions, self.text.vocab_size, self.text.special_words, lowercase=self.text.lowercase
+            )
+            log.info(
+                "text vocabulary: %d ids learned from %d captions in %.1f s",
+                text.vocab_size, len(captions), time.monotonic() - start,
+            )  # fmt: skip
+            made = _dump_text(text)
+        return _load_text(self.trainer.strategy.broadcast(made))
+
+    def configure_model(self) -> None:
+        if self.generator is not None:
+            return
+        text, facts = self._text, dict(self._facts)
+        fingerprint = facts.pop("tokenizer_fingerprint")
+        if self.init_from is not None:
+            generator = self.cls.from_pretrained(self.init_from, text=text)
+            if (generator.layout.to_dict(), generator.codebook_sizes) != (facts["layout"], facts["codebook_sizes"]):
+                raise ConfigError(
+                    f"init_from {self.init_from} draws {generator.layout} of {generator.codebook_sizes}, the shards hold "
+                    f"{facts['layout']} of {facts['codebook_sizes']}"
+                )
+            generator.train()
+        else:
+            vocabulary = self.text.vocab_size if self.text.path is None else text.vocab_size
+            config = config_from_dict(
+                self.cls.config_class, {**self.sizes, **facts, "text_vocab": vocabulary}, "config"
+            )
+            generator = self.cls(config, text)
+        generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
+        blocks = getattr(generator, "layers", ())
+        if self.compile_blocks:
+            for block in blocks:
+                block.compile()
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(generator, mesh=mesh)
+        self.generator = generator
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        config = None if self.generator is None else dataclasses.asdict(self.generator.config)
+        return {
+            **super().describe(),
+            "generator": {"type": self.kind, "config": config},
+            "tokenizer": self._facts.get("tokenizer_fingerprint", ""),
+            **self.weights,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.generator.text is not None:
+            checkpoint["tokgen"]["text"] = _dump_text(self.generator.text)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's text vocabulary: one learned again from changed shards would mean other words."""
+        about = checkpoint.get("tokgen", {})
+        if "text" in about:
+            self.generator.text = _load_text(about["text"])
+        made_by, now = about.get("config", {}).get("tokenizer", ""), self._facts["tokenizer_fingerprint"]
+        if made_by and now and made_by != now:
+            raise TokenizerMismatch(
+                f"the checkpoint was trained on codes of tokenizer {made_by}, the shards hold codes of {now}; use the "
+                "shards it was trained on, or start without ckpt_path"
+            )
+        shape = checkpoint["state_dict"].get("generator.text_embeddings.weight")
+        own = getattr(self.generator, "text_embeddings", None)
+        if shape is not None and own is not None and shape.shape != own.weight.shape:
+            raise CheckpointError(
+                f"the checkpoint has a text embedding of {tuple(shape.shape)}, the configuration one of "
+                f"{tuple(own.weight.shape)}; use the settings it was trained with"
+            )
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return self.adopt(self.make_optimizer(decay_groups(self.generator)))
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        completes = self.begin([self.generator])
+        logs = completes and self.should_log
+        with optimizer.toggle_model(sync_grad=completes):
+            output = self.generator.loss(batch, **self.weights)
+            self.manual_backward(output.loss / self.accumulate)
+        rate = self.rate(batch["ids"].numel())
+        if not completes:
+            return
+        good, norm = self.update(optimizer, 0, [output.loss], [self.generator])
+        metrics = {"loss": output.loss, **output.losses, **output.stats, "grad_norm": norm, "lr": self.learning_rate()}
+        metrics |= {"bits_per_code": output.losses["ce"] / math.log(2), "skipped_steps": self._skipped}
+        if rate is not None:
+            metrics["tokens_per_second"] = rate
+        self.finish(good)
+        if logs:
+            metrics = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+            self.record({f"train/{k}": v for k, v in metrics.items()}, bar=["train/loss", "train/accuracy"])
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = {
+            k: torch.zeros((), dtype=torch.float64, device=self.device) for k in ("codes", "loss", "accuracy")
+        }
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Cross-entropy per code without smoothing, on captions as they are."""
+        mask = batch["mask"]
+        if batch.get("valid") is not None:
+            mask = mask & batch["valid"].bool()[:, None]
+        codes = mask.sum().double() * len(self.generator.codebook_sizes)
+        output = self.generator.loss({**batch, "mask": mask})
+        sums = {"codes": codes, "loss": codes * output.losses["ce"], "accuracy": codes * output.stats["accuracy"]}
+        for name, value in sums.items():
+            # a batch of repeats alone has no codes, and no mean either
+            self._sums[name] += torch.nan_to_num(value.double()) if name != "codes" else value
+
+    def on_validation_epoch_end(self) -> None:
+        totals = dict(zip(self._sums, sum_over_ranks(torch.stack(list(self._sums.values())))))
+        codes = totals.pop("codes").clamp(min=1)
+        metrics = {f"val/{k}": v / codes for k, v in totals.items()}
+        metrics["val/bits_per_code"] = metrics["val/loss"] / math.log(2)
+        self.report(metrics, bar=["val/loss"])
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tokens:
+        """Tokens drawn for the batch's captions, with seeds that count up from batch to batch."""
+        return self.generator.generate(batch["caption"], generator=batch_idx * len(batch["caption"]))
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    def export(self, folder: Path, write: bool) -> None:
+        generator = self.generator
+        if self.device_mesh is not None:
+            generator = _gathered(generator)
+        if write:
+            generator.save_pretrained(folder, tokenizer=self.visual_tokenizer)
+
+
+def training_captions(data: Any, limit: int) -> Iterator[str]:
+    """Captions of the training shards in their order, variants of the JSON metadata included, `limit` at most."""
+    from tokgen.data.decode import BadSample, decode_json, decode_text
+    from tokgen.data.tar import iter_samples, open_bytes
+
+    shards, count = data.sets["train"], 0
+    for shard in shards.shards:
+        chosen = None if shard.selected is None else set(shard.selected.tolist())
+        with open_bytes(shard.location, shards.allow_shell_urls) as file:
+            samples = iter_samples(
+                file,
+                extensions=("txt", "json"),
+                max_member_bytes=data.max_member_bytes,
+                wanted=lambda index, chosen=chosen: chosen is None or index in chosen,
+            )
+            for _, sample in samples:
+                texts = []
+                try:
+                    if "txt" in sample.members:
+                        texts.append(decode_text(sample.members["txt"]))
+                    if "json" in sample.members:
+                        variants = decode_json(sample.members["json"]).get("captions")
+                        texts += [v for v in variants if isinstance(v, str)] if isinstance(variants, list) else []
+                except BadSample:
+                    continue
+                for text in texts:
+                    yield text
+                    count += 1
+                    if count >= limit:
+                        return
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups: matrices and kernels are decayed as the optimizer says, vectors (norms, biases) are not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def _dump_text(text: TextTokenizer) -> list[str]:
+    return [text.tokenizer.to_str(), json.dumps(text.settings)]
+
+
+def _load_text(dumped: list[str]) -> TextTokenizer:
+    from tokenizers import Tokenizer
+
+    return TextTokenizer(Tokenizer.from_str(dumped[0]), json.loads(dumped[1]))
+
+
+def _gathered(generator: Generator) -> Generator:
+    """An unsharded copy on the CPU of a sharded generator; collective."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(generator, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = type(generator)(copy.deepcopy(generator.config), generator.text)
+    if state:  # rank zero alone receives it
+        whole.load_state_dict(state)
+    for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
+        setattr(whole, name, getattr(generator, name))
+    return whole
+
+
+class SampleGrid(Callback):
+    """At each validation, pictures drawn for fixed prompts with fixed seeds, in `images/` of the run.
+
+    Needs the module's `visual_tokenizer`; does nothing without it.
+
+    Args:
+        prompts: None takes the captions of the first validation batch.
+        count: pictures; 0 turns it off.
+        columns: in a row.
+        seed: of the first picture, counted up from there.
+    """
+
+    def __init__(self, prompts: list[str] | None = None, count: int = 16, columns: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        self.prompts, self.count, self.columns, self.seed = prompts, count, columns, seed
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        tokenizer = getattr(pl_module, "visual_tokenizer", None)
+        if batch_idx or not self.count or tokenizer is None or trainer.sanity_checking:
+            return
+        if getattr(pl_module, "device_mesh", None) is None and not trainer.is_global_zero:
+            return  # sharded weights are gathered by all ranks at every layer, so there all must draw
+        prompts = (self.prompts or list(batch["caption"]))[: self.count]
+        tokens = pl_module.generator.generate(prompts, generator=self.seed)
+        if not trainer.is_global_zero:
+            return
+        tokenizer.to(tokens.device)
+        pictures = tokenizer.decode(dataclasses.replace(tokens, tokenizer=""))
+        path = Path(trainer.default_root_dir) / "images" / f"samples-{pl_module.step:07d}.png"
+        grid = save_png(pictures, path, min(self.columns, len(pictures)))
+        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        show(trainer, "samples", grid, pl_module.step)

@@ -1,0 +1,298 @@
+"""`tokgen fit|validate|test|predict`: the Lightning CLI with recipes, a stable run directory, and exact resume.
+
+A command names what and where: `-c tokenizers/vqgan-tiny.yaml -c train/cpu.yaml`, then flags. Files and flags are the
+truth of a run; a checkpoint brings weights, optimizer states and positions, never settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from tokgen.data.datamodule import ShardsDataModule
+from tokgen.errors import CheckpointError, ConfigError
+from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
+from tokgen.training.base import TrainingModule
+from tokgen.training.callbacks import CodebookMonitor, DataStats, ImageGrid, PlainProgress, SignalCheckpoint, StepSeed
+from tokgen.training.checkpoint import BEST, AtomicCheckpointIO, Checkpoint, find_last
+from tokgen.training.ema import EMA
+from tokgen.training.generator import GeneratorModule, SampleGrid  # noqa: F401
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class JsonLinesLogger(Logger):
+    """Metrics as one JSON object per line in `metrics.jsonl` of the run, `step` first.
+
+    A resumed run drops the lines after the step it resumes from, so that the file reads like that of one run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Settings are in `config.yaml` of the run."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}  # NaN is no JSON
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`, and a last line that a kill cut short."""
+        if not self.path.is_file():
+            return
+        from tokgen.pretrained import replacing
+
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
+                if (json.loads(line)["step"] or 0) <= step:
+                    kept.append(line + "\n")
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """The effective settings as `config.yaml` in the run directory."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit" or self.already_saved:
+            return
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+        self.already_saved = True
+
+
+class TokgenLightningCLI(LightningCLI):
+    """Models: subclasses of `TrainingModule`. Data: `ShardsDataModule`. Callbacks of every run have keys of their own
+    (`checkpoint`, `ema`, `images`, `codebook`, `progress`, ...), so that no list in a file replaces them."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.recipes = _config_files(args)
+        super().__init__(
+            model_class=TrainingModule,
+            datamodule_class=ShardsDataModule,
+            subclass_mode_model=True,
+            save_config_callback=_SaveConfig,
+            trainer_defaults={
+                "use_distributed_sampler": False,  # shards are split among ranks by the data module
+                "num_sanity_val_steps": 1,
+                "check_val_every_n_epoch": None,  # then val_check_interval counts batches across epochs
+                "val_check_interval": 1000,
+                "log_every_n_steps": 10,
+                "enable_model_summary": sys.stdout.isatty(),
+                "enable_progress_bar": sys.stdout.isatty(),
+                "callbacks": [DataStats(), SignalCheckpoint()],
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={name: {"exit_on_error": False} for name in SUBCOMMANDS} | {"exit_on_error": False},
+            args=list(args),
+        )
+
+    # -- arguments ----------------------------------------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of this run: config.yaml, metrics.jsonl, TensorBoard files, checkpoints/, images/, and the "
+            "model in its published form. Default: runs/NAME, where NAME is the first recipe's.",
+        )
+        for cls, key in (
+            (Checkpoint, "checkpoint"),
+            (EMA, "ema"),
+            (ImageGrid, "images"),
+            (SampleGrid, "samples"),
+            (CodebookMonitor, "codebook"),
+            (PlainProgress, "progress"),
+            (StepSeed, "step_seed"),
+        ):
+            parser.add_lightning_class_args(cls, key)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    # -- from settings to a run ---------------------------------------------------------------------------------------
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolve `auto`, `last` and `best`. Settings inside a checkpoint are not read."""
+        config = self.config[self.config.subcommand]
+        if config.run_dir is None:
+            config.run_dir = str(Path("runs") / (Path(self.recipes[0]).stem if self.recipes else "run"))
+        folder = Path(config.run_dir) / "checkpoints"
+        path = config.get("ckpt_path")
+        if path == "auto":
+            found = find_last(folder)
+            config.ckpt_path = None if found is None else str(found)
+        elif path == "last":
+            found = find_last(folder)
+            if found is None:
+                raise CheckpointError(
+                    f"no checkpoint in {folder} to resume from; start without --ckpt_path, or with auto"
+                )
+            config.ckpt_path = str(found)
+        elif path == "best":
+            if not (folder / BEST).is_file():
+                raise CheckpointError(f"no {BEST} in {folder}; give a run that has validated, or a path")
+            config.ckpt_path = str(folder / BEST)
+        elif path is not None and "://" not in str(path) and not Path(path).is_file():
+            raise CheckpointError(f"no checkpoint at {path}; expected a .ckpt file, 'auto', 'last' or 'best'")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self.config_init[self.subcommand]
+        run_dir = Path(config.run_dir)
+        trainer = config.trainer
+        kwargs["default_root_dir"] = str(run_dir)
+        plugins = trainer.get("plugins")
+        plugins = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if trainer.get("logger") in (None, True):
+            if self.subcommand == "fit":
+                self.json_logger = JsonLinesLogger(run_dir)
+                kwargs["logger"] = [self.json_logger, TensorBoardLogger(str(run_dir), name="", version="")]
+            else:
+                kwargs["logger"] = False
+        if isinstance(self.model, TrainingModule):
+            if (
+                trainer.get("max_steps", -1) == -1
+                and trainer.get("max_epochs") is None
+                and trainer.get("max_time") is None
+            ):
+                kwargs["max_steps"] = self.model.schedule.total_steps
+            elif trainer.get("max_steps", -1) == -1 and trainer.get("max_epochs") is None:
+                kwargs["max_epochs"] = -1
+        _check_trainer(trainer)
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        logger = getattr(self, "json_logger", None)
+        path = self.config[self.subcommand].get("ckpt_path")
+        if logger is None or not self.trainer.is_global_zero:
+            return
+        if path is None:
+            logger.rewind(-1)
+        else:
+            from tokgen.training.checkpoint import read_checkpoint
+
+            logger.rewind(int(read_checkpoint(path, mmap=True)["state_dict"]["train_step"]))
+
+
+def _check_trainer(trainer: Any) -> None:
+    for name, mend in (("gradient_clip_val", "clip"), ("accumulate_grad_batches", "accumulate")):
+        if trainer.get(name) not in (None, 1, 0):
+            raise ConfigError(
+                f"trainer.{name} does not work with modules that step by themselves; set model.init_args.{mend}"
+            )
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    """The values of -c and --config, in order."""
+    files = []
+    for i, arg in enumerate(args):
+        if arg in ("-c", "--config") and i + 1 < len(args):
+            files.append(args[i + 1])
+        elif arg.startswith("--config="):
+            files.append(arg.removeprefix("--config="))
+    return files
+
+
+def _first_line(error: Exception) -> str | None:
+    """The sentence of a parser's error; None if the error is not of the parser."""
+    from jsonargparse import ArgumentError
+
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, ConfigError):
+            return None
+        chain = chain.__cause__ or chain.__context__
+    if not isinstance(error, ArgumentError):
+        return None
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+class _NoTips(logging.Filter):
+    """Lightning advertises its other products in the log, and repeats a default at each save."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(text in message for text in ("💡", "Tip:", "litlogger", "`weights_only` was not set"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    filtered, tips = logging.getLogger("lightning.pytorch").handlers, _NoTips()
+    for handler in filtered:
+        handler.addFilter(tips)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*args parameter is intended to run from within Python.*",
+            ".*isinstance\\(treespec, LeafSpec\\).*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            for handler in filtered:
+                handler.removeFilter(tips)
+
+
+def run(subcommand: str, args: Sequence[str]) -> TokgenLightningCLI:
+    """Run `fit`, `validate`, `test` or `predict` with command-line arguments.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, a missing file; one line that names it.
+        TokgenError, FileNotFoundError: whatever model or data have to say.
+        SystemExit: 0 after --help or --print_config; 143 after a signal.
+    """
+    if subcommand not in SUBCOMMANDS:
+        raise ConfigError(f"unknown command {subcommand!r}; expected one of {', '.join(SUBCOMMANDS)}")
+    for name in _config_files(args):
+        if not Path(name).is_file():
+            raise ConfigError(f"no configuration file at {name}; recipes are in tokenizers/, generators/ and train/")
+    logging.getLogger("tokgen").setLevel(logging.INFO)
+    with _quiet():
+        try:
+            return TokgenLightningCLI([subcommand, *args])
+        except Exception as error:
+            line = _first_line(error)
+            if line is None:
+                raise
+            raise ConfigError(line) from error
