@@ -169,6 +169,8 @@ class _HashingFile:
         self._file, self.sha256, self.count = open(path, "wb"), hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
+        if self._file.closed:  # abandoned: tarfile still flushes when it is collected
+            return len(data)
         self.sha256.update(data)
         self.count += len(data)
         return self._file.write(data)
@@ -319,8 +321,12 @@ class ShardWriter:
         while unique in self.keys:
             unique, number = f"{base}-{number}", number + 1
         size = sum(512 + -(-len(data) // 512) * 512 for data in encoded.values())
-        if self._count and (self._count >= self.max_samples or self._file.count + size > self.max_bytes):
-            self._close_shard()
+        if self._count:
+            ended = (
+                -(-(self._tar.offset + size + 1024) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+            )  # with tar's padding
+            if self._count >= self.max_samples or ended > self.max_bytes:
+                self._close_shard()
         if self._tar is None:
             self._open_shard()
         for extension, data in encoded.items():

@@ -655,6 +655,7 @@ class ShardLoader:
             shards, samples, batch_size=batch_size, steps=steps, rank=rank, world=world, seed=seed, train=train,
             shuffle_buffer=shuffle_buffer, contiguous=steps_per_epoch is not None, max_member_bytes=max_member_bytes,
         )  # fmt: skip
+        self._planned = self.stream.part(0, 0, 1).size  # samples of an epoch on this rank
         self.epoch, self.batch = 0, 0
         self._resumed = False
         self._epoch_bad = self._epoch_missing = 0
@@ -696,7 +697,7 @@ class ShardLoader:
         self.stats.add(report)
         self._epoch_bad += len(report["bad"])
         self._epoch_missing += sum(count for count, _ in report["missing"].values())
-        planned = sum(self.stream.part(0, 0, 1).batch_sizes)
+        planned = self._planned
         allowed = max(_ALWAYS_TOLERATED, self.max_bad_fraction * planned) if self.max_bad_fraction else 0
         if self._epoch_bad > allowed:
             worst = max(self.stats.skipped, key=self.stats.skipped.get)
