@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -19,7 +20,7 @@ from tokgen.pretrained import read_weights, resolve
 from tokgen.quantizers.base import sum_over_ranks, usage_stats
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
-from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule
+from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class AutoencoderModule(TrainingModule):
         tokenizer: what is trained.
         schedule: learning rate over the run; both optimizers follow it.
         loss: terms and weights.
-        optimizer: makes the tokenizer's optimizer from its parameters.
+        optimizer: makes the tokenizer's optimizer from parameter groups; norms, biases and codebooks are not decayed.
         disc_optimizer: the discriminator's.
         accumulate, clip, max_bad_steps: see `TrainingModule`.
         init_from: folder or Hub name of a published tokenizer of the same configuration to start from.
@@ -90,8 +91,10 @@ class AutoencoderModule(TrainingModule):
         tokenizer: VisualTokenizer,
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         loss: AutoencoderLoss = AutoencoderLoss(),
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05),
-        disc_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
+        disc_optimizer: OptimizerCallable = lambda p: AdamW(
+            p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
         accumulate: int = 1,
         clip: float | None = 1.0,
         max_bad_steps: int = 20,
@@ -137,13 +140,21 @@ class AutoencoderModule(TrainingModule):
         return {**super().describe(), "tokenizer": tokenizer, "loss": asdict(self.terms), "init_from": self.init_from}
 
     def configure_optimizers(self) -> list[Optimizer]:
-        optimizers = [self.make_optimizer([p for p in self.tokenizer.parameters() if p.requires_grad])]
+        optimizers = [self.make_optimizer(decay_groups(self.tokenizer))]
         if self.discriminator is not None:
-            optimizers.append(self.make_disc_optimizer(self.discriminator.parameters()))
+            optimizers.append(self.make_disc_optimizer(decay_groups(self.discriminator)))
         return self.adopt(*optimizers)
+
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and self.discriminator is not None:
+            # each backward reaches the parameters of one of the two networks only
+            strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
+            raise ConfigError(f"trainer.precision {self.trainer.precision} is not supported; use 32-true or bf16-mixed")
         self._place_perceptual()
 
     def on_validation_start(self) -> None:
@@ -199,8 +210,7 @@ class AutoencoderModule(TrainingModule):
             metrics |= {"lr": self.learning_rate(), "skipped_steps": self._skipped}
             if rate is not None:
                 metrics["samples_per_second"] = rate
-        if completes:
-            self.finish(good)
+        self.finish(completes and good)
         if logs:
             values = {**terms, **output.stats, **metrics}
             self.record({f"train/{k}": v for k, v in values.items()}, bar=["train/reconstruction", "train/usage"])

@@ -114,6 +114,7 @@ class TrainingModule(L.LightningModule):
         self._read_counters()
         self._bad_in_a_row: dict[int, int] = {}
         self._micro = 0  # batches of the current step already seen
+        self._busy = False  # within a batch
         self._groups: list[list[dict[str, Any]]] = []
         self._kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._clock: tuple[float, int] | None = None
@@ -131,8 +132,8 @@ class TrainingModule(L.LightningModule):
 
     @property
     def between_steps(self) -> bool:
-        """Whether no accumulated gradient is pending, so that a checkpoint loses nothing."""
-        return self._micro == 0
+        """Whether no gradient is pending and no update half done, so that a checkpoint loses nothing."""
+        return self._micro == 0 and not self._busy
 
     # -- configuration ------------------------------------------------------------------------------------------------
 
@@ -169,7 +170,8 @@ class TrainingModule(L.LightningModule):
         for optimizer, groups in zip(self.trainer.optimizers, self._groups):
             for group, configured in zip(optimizer.param_groups, groups):
                 group.update(configured)
-        self._micro, self._clock, self._items = 0, None, 0
+        self._read_counters()
+        self._micro, self._busy, self._clock, self._items = 0, False, None, 0
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -182,6 +184,7 @@ class TrainingModule(L.LightningModule):
             others: the optimizers beside the main one.
         """
         count_only(others)
+        self._busy = True
         if self._micro == 0:
             for module in modules:
                 state, kept = _mutable(module), self._kept.get(module)
@@ -233,15 +236,17 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps += 1
         self._bad_in_a_row[index] = self._bad_in_a_row.get(index, 0) + 1
         if self._bad_in_a_row[index] >= self.max_bad_steps:
+            self._busy = False  # everything is as before the step: worth a checkpoint
             raise TrainingDiverged(
                 f"{self._bad_in_a_row[index]} steps in a row had a loss or gradient that is not finite, the last at step "
                 f"{self._step}; the weights are as they were before. Lower the learning rate or clip, or look at the data"
             )
         return False, norm.detach()
 
-    def finish(self, good: bool) -> None:
-        """End of a step: count it if the main optimizer stepped."""
-        if good:
+    def finish(self, stepped: bool) -> None:
+        """End of a batch; `stepped` says whether the main optimizer did."""
+        self._busy = False
+        if stepped:
             self._step += 1
             self.train_step += 1
 
@@ -280,7 +285,7 @@ class TrainingModule(L.LightningModule):
     def rate(self, items: int) -> float | None:
         """Items (samples, tokens) per second over all ranks since the last call at a logged step."""
         self._items += items * self.trainer.world_size
-        if not self.should_log or not self.between_steps:
+        if not self.should_log or self._micro:
             return None
         now = time.perf_counter()
         last, self._clock = self._clock, (now, self._items)
@@ -298,6 +303,15 @@ class TrainingModule(L.LightningModule):
         Called on all ranks, since gathering sharded weights takes all of them; `write` is True on the one that writes.
         """
         raise NotImplementedError
+
+
+def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: matrices and kernels are decayed as it says, vectors and codebooks are not."""
+    codebooks = {id(p) for m in module.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in codebooks]
+    others = [p for p in parameters if p.ndim <= 1 or id(p) in codebooks]
+    return [g for g in ({"params": decayed}, {"params": others, "weight_decay": 0.0}) if g["params"]]
 
 
 def _mutable(module: nn.Module) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
@@ -25,7 +25,7 @@ from tokgen.pretrained import config_from_dict, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
-from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule
+from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
 from tokgen.training.callbacks import save_png, show
 
 log = logging.getLogger(__name__)
@@ -266,6 +266,7 @@ class GeneratorModule(TrainingModule):
             self.manual_backward(output.loss / self.accumulate)
         rate = self.rate(batch["ids"].numel())
         if not completes:
+            self.finish(False)
             return
         good, norm = self.update(optimizer, 0, [output.loss], [self.generator])
         metrics = {"loss": output.loss, **output.losses, **output.stats, "grad_norm": norm, "lr": self.learning_rate()}
@@ -351,16 +352,6 @@ def training_captions(data: Any, limit: int) -> Iterator[str]:
                     count += 1
                     if count >= limit:
                         return
-
-
-def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups: matrices and kernels are decayed as the optimizer says, vectors (norms, biases) are not."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
 
 
 def _dump_text(text: TextTokenizer) -> list[str]:

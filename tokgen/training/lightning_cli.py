@@ -23,13 +23,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tokgen.data.datamodule import ShardsDataModule
 from tokgen.errors import CheckpointError, ConfigError
+from tokgen.tokens import Tokens
 from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
 from tokgen.training.base import TrainingModule
 from tokgen.training.callbacks import CodebookMonitor, DataStats, ImageGrid, PlainProgress, SignalCheckpoint, StepSeed
-from tokgen.training.checkpoint import BEST, AtomicCheckpointIO, Checkpoint, find_last
+from tokgen.training.checkpoint import BEST, AtomicCheckpointIO, Checkpoint, find_last, read_checkpoint
 from tokgen.training.ema import EMA
 from tokgen.training.generator import GeneratorModule, SampleGrid  # noqa: F401
 
+log = logging.getLogger(__name__)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -151,28 +153,27 @@ class TokgenLightningCLI(LightningCLI):
     # -- from settings to a run ---------------------------------------------------------------------------------------
 
     def _parse_ckpt_path(self) -> None:
-        """Resolve `auto`, `last` and `best`. Settings inside a checkpoint are not read."""
+        """Find the checkpoint that `auto`, `last` or `best` mean. Settings inside a checkpoint are not read."""
         config = self.config[self.config.subcommand]
         if config.run_dir is None:
             config.run_dir = str(Path("runs") / (Path(self.recipes[0]).stem if self.recipes else "run"))
         folder = Path(config.run_dir) / "checkpoints"
         path = config.get("ckpt_path")
-        if path == "auto":
+        if path in ("auto", "last"):
             found = find_last(folder)
-            config.ckpt_path = None if found is None else str(found)
-        elif path == "last":
-            found = find_last(folder)
-            if found is None:
-                raise CheckpointError(
-                    f"no checkpoint in {folder} to resume from; start without --ckpt_path, or with auto"
-                )
-            config.ckpt_path = str(found)
+            if found is None and path == "last":
+                raise CheckpointError(f"no checkpoint in {folder}; start without --ckpt_path, or with auto")
+            path = None if found is None else str(found)
         elif path == "best":
-            if not (folder / BEST).is_file():
+            path = str(folder / BEST)
+            if not Path(path).is_file():
                 raise CheckpointError(f"no {BEST} in {folder}; give a run that has validated, or a path")
-            config.ckpt_path = str(folder / BEST)
         elif path is not None and "://" not in str(path) and not Path(path).is_file():
             raise CheckpointError(f"no checkpoint at {path}; expected a .ckpt file, 'auto', 'last' or 'best'")
+        self.ckpt_path = path
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path}
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init[self.subcommand]
@@ -202,15 +203,17 @@ class TokgenLightningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         logger = getattr(self, "json_logger", None)
-        path = self.config[self.subcommand].get("ckpt_path")
-        if logger is None or not self.trainer.is_global_zero:
-            return
-        if path is None:
-            logger.rewind(-1)
-        else:
-            from tokgen.training.checkpoint import read_checkpoint
+        if logger is not None and self.trainer.is_global_zero:
+            step = -1 if self.ckpt_path is None else read_checkpoint(self.ckpt_path, mmap=True)["global_step"]
+            logger.rewind(int(step))
 
-            logger.rewind(int(read_checkpoint(path, mmap=True)["state_dict"]["train_step"]))
+    def predict(self, **kwargs: Any) -> None:
+        """Tokens of the test split as `predictions.safetensors` in the run directory, one file per rank."""
+        tokens = Tokens.cat(self.trainer.predict(**kwargs))
+        rank = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.default_root_dir) / f"predictions{rank}.safetensors"
+        tokens.save(path)
+        log.info("%d predictions: %s", len(tokens), path)
 
 
 def _check_trainer(trainer: Any) -> None:
