@@ -172,7 +172,7 @@ def sample(
     pipeline = TextToImagePipeline.from_pretrained(model).to(device or _best_device())
     count = len(prompts) * num_images_per_prompt
     given = {
-        "guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "temperature": temperature,
+        "guidance_scale": guidance_scale, "schedule": guidance_schedule, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "min_p": min_p,
     }  # fmt: skip
     result = pipeline(
