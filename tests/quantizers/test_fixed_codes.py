@@ -43,7 +43,7 @@ def test_fsq_with_projections_gives_the_librarys_codes():
     torch.testing.assert_close(out.codes, codes)
 
 
-@pytest.mark.parametrize("levels", [[2], [2, 2, 3], [5, 4, 3, 2], [6, 6]])
+@pytest.mark.parametrize("levels", [[3], [4, 3, 3], [5, 4, 3, 6], [8, 8]])
 def test_fsq_reaches_every_code_and_ids_are_their_numbers(levels):
     fsq = FSQ(len(levels), levels).eval()
     size = math.prod(levels)

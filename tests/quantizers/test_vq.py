@@ -65,7 +65,7 @@ def test_unused_codes_stay_where_they_are():
     assert vq.codebook.weight[4:].eq(100).all()
     out = vq(torch.full((5, 3), 99.0))
     assert out.ids.eq(4).all()
-    torch.testing.assert_close(vq.codebook.weight[4], torch.full((3,), 99.0))
+    torch.testing.assert_close(vq.codebook.weight[4], torch.full((3,), 99.0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("update", ["gradient", "ema"])
@@ -113,7 +113,7 @@ def test_revival_resets_statistics_and_raises_usage(update, metric):
             if update == "gradient":  # nothing moves a code after its revival
                 y = F.normalize(z, dim=-1) if metric == "cosine" else z
                 moved = alive.codebook.weight.detach()[fell]
-                assert torch.cdist(moved, y).min(1).values.max() < 1e-3
+                assert (moved[:, None] == y).all(-1).any(1).all()
                 assert len(moved.unique(dim=0)) == len(moved)
             else:
                 total = alive.codebook.ema_sum[fell] / now[:, None]
@@ -151,8 +151,16 @@ def test_kmeans_start_beats_the_random_start(metric):
 def test_kmeans_finds_separate_clusters_and_copes_with_few_vectors():
     generator = torch.Generator().manual_seed(0)
     z = clusters(3000, k=16, spread=0.01)
-    centers = kmeans(z, 24, generator)
+    sampled = z[torch.randperm(3000)[:64]]
+    centers = kmeans(z, 64, generator)
     assert torch.cdist(z, centers).min(1).values.max() < 0.1
+    assert torch.cdist(z, centers).argmin(1).unique().numel() == 64
+    assert (
+        torch.cdist(z, centers).min(1).values.square().mean()
+        < 0.9 * torch.cdist(z, sampled).min(1).values.square().mean()
+    )
+    loose = torch.cat([torch.zeros(500, 6), 5 * torch.eye(6)])  # a start of 7 equal vectors leaves 6 centers empty
+    assert torch.cdist(loose, kmeans(loose, 7, generator)).min(1).values.max() < 1e-3
     few = kmeans(z[:5], 12, generator)
     assert few.shape == (12, 6) and few.isfinite().all() and len(few.unique(dim=0)) == 12
     unit = kmeans(F.normalize(z, dim=1), 24, generator, "cosine")
@@ -246,14 +254,14 @@ def test_rotation_trick_is_the_published_rotation():
 @pytest.mark.slow
 @pytest.mark.parametrize("update, entropy", [("ema", 0.0), ("gradient", 0.1)])
 def test_memory_of_a_training_step_is_bounded(update, entropy):
-    """N x K in fp32 is 512 MiB; the step's own tensors are the codebook's size."""
+    """N x K in fp32 is 256 MiB."""
     setup = f"""
 from tokgen.quantizers.vq import VQ
-vq = VQ(8, 65536, update={update!r}, entropy_weight={entropy}).train()
+vq = VQ(8, 32768, update={update!r}, entropy_weight={entropy}).train()
 def step(n):
     z = torch.randn(n, 8, requires_grad=True)
     out = vq(z)
     (out.codes.sum() + sum(out.losses.values())).backward()
 step(64)
 """
-    assert peak_of(setup, "step(2048)") < 160 << 20
+    assert peak_of(setup, "step(2048)") < 96 << 20

@@ -20,15 +20,18 @@ class FSQ(CodeQuantizer):
 
     Args:
         dim: channels of z. Unless it is len(levels), linear projections lead in and out.
-        levels: number of levels of each channel, at least 2.
+        levels: number of levels of each channel, at least 3. (Two levels do not work in this scheme: a value of 0 lies in
+            the middle of the upper one. For one bit per channel there are LFQ and BSQ.)
 
     Raises:
-        ConfigError: fewer than 2 levels in a channel, no channel, or more codes than int64 counts.
+        ConfigError: fewer than 3 levels in a channel, no channel, or more codes than int64 counts.
     """
 
     def __init__(self, dim: int, levels: list[int]) -> None:
-        if not levels or any(int(level) != level or level < 2 for level in levels):
-            raise ConfigError(f"FSQ: levels {levels}; expected whole numbers of at least 2, such as [8, 5, 5, 5]")
+        if not levels or any(int(level) != level or level < 3 for level in levels):
+            raise ConfigError(
+                f"FSQ: levels {levels}; expected whole numbers of at least 3, such as [8, 5, 5, 5] (for 2 use lfq or bsq)"
+            )
         if math.prod(levels) >= 2**62:
             raise ConfigError(f"FSQ: levels {levels} make more codes than a 64-bit id can count; use fewer channels")
         super().__init__(dim, len(levels), (math.prod(levels),))
@@ -39,14 +42,14 @@ class FSQ(CodeQuantizer):
     @classmethod
     def example_options(cls) -> dict[str, dict[str, Any]]:
         return {
-            "plain": {"levels": [5, 4, 3, 2, 3, 2, 2, 2]},
+            "plain": {"levels": [5, 4, 3, 3, 3, 4, 3, 3]},
             "projected": {"levels": [8, 5, 5, 5]},
         }
 
     def bound(self, y: Tensor) -> Tensor:
         """y (n, c) into the open range that rounds to the levels, -L//2 .. (L-1)//2; even L are shifted by half a step.
 
-        A margin of 1e-3 lets the outermost levels be reached and keeps atanh finite at L = 2.
+        A margin of 1e-3 lets the outermost levels be reached. 0 stays 0 up to that margin.
         """
         half = (self.levels - 1).float() * (1 + 1e-3) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)

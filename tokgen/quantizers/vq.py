@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tokgen.errors import ConfigError
 from tokgen.quantizers.base import (
@@ -27,7 +26,7 @@ from tokgen.quantizers.base import (
 )
 from tokgen.quantizers.search import nearest
 
-ENTROPY_CHUNK = 1 << 22  # entries of one block of code probabilities (16 MiB)
+ENTROPY_CHUNK = 1 << 21  # entries of one block of code probabilities (8 MiB)
 KMEANS_VECTORS = 256  # vectors per code that the k-means start looks at, at most
 
 
@@ -316,27 +315,55 @@ def kmeans(y: Tensor, k: int, generator: torch.Generator, metric: str = "l2", it
 def assignment_entropies(y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(mean of H(p_i), H(mean of p_i)) in nats, p_i = softmax(-|y_i - codes|^2 / temperature); y (n, d), codes (K, d).
 
-    Chunks of rows are recomputed in backward, so at most a few blocks of ENTROPY_CHUNK probabilities exist at a time.
+    The probabilities are computed in chunks of rows, in backward once more: at most a few blocks of ENTROPY_CHUNK exist
+    at a time. Differentiable once.
     """
-    if not len(y):
-        return y.sum(), codes.sum() * 0
-    rows = max(1, ENTROPY_CHUNK // len(codes))
-    each, mean = y.new_zeros(()), y.new_zeros(len(codes))
-    for chunk in y.split(rows):
-        entropy, probability = checkpoint(
-            _entropy_chunk, chunk, codes, temperature, use_reentrant=False, preserve_rng_state=False
-        )
-        each, mean = each + entropy, mean + probability
-    mean = mean / len(y)
-    # 1e-5 inside the logarithm as published: codes of probability 0 get a finite gradient
-    return each / len(y), -(mean * (mean + 1e-5).log()).sum()
+    return _AssignmentEntropies.apply(y, codes, temperature)
 
 
-def _entropy_chunk(y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+class _AssignmentEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        n = max(len(y), 1)
+        each, mean = y.new_zeros(()), y.new_zeros(len(codes))
+        for chunk in _entropy_chunks(y, codes):
+            log_p = _log_assignment(chunk, codes, temperature)
+            p = log_p.exp()
+            mean += p.sum(0)
+            each -= log_p.mul_(p).sum()
+        mean /= n
+        ctx.save_for_backward(y, codes, mean)
+        ctx.temperature = temperature
+        # 1e-5 inside the logarithm as published: codes of probability 0 get a finite gradient
+        return each / n, -(mean * (mean + 1e-5).log()).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_each: Tensor, of_mean: Tensor) -> tuple[Tensor, Tensor, None]:
+        y, codes, mean = ctx.saved_tensors
+        # d H(mean) / d mean_k
+        slope = -((mean + 1e-5).log() + mean / (mean + 1e-5))  # (K,)
+        grad_y, grad_codes = [], torch.zeros_like(codes)
+        for chunk in _entropy_chunks(y, codes):
+            log_p = _log_assignment(chunk, codes, ctx.temperature)
+            p = log_p.exp()
+            # with respect to the logits: of_each * dH(p_i) + of_mean * dH(mean), both of the form p (v - p.v)
+            v = log_p.mul_(-of_each).add_(of_mean * slope)
+            grad = v.sub_((p * v).sum(1, keepdim=True)).mul_(p)  # (n, K); rows sum to 0
+            grad_y.append(grad @ codes)
+            grad_codes += grad.T @ chunk - codes * grad.sum(0)[:, None]
+        scale = 2 / (ctx.temperature * max(len(y), 1))
+        return torch.cat(grad_y) * scale if grad_y else torch.zeros_like(y), grad_codes * scale, None
+
+
+def _entropy_chunks(y: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+    return y.split(max(1, ENTROPY_CHUNK // len(codes))) if len(y) else ()
+
+
+def _log_assignment(y: Tensor, codes: Tensor, temperature: float) -> Tensor:
+    """log p (n, K)."""
     norms = y.square().sum(1, keepdim=True) + codes.square().sum(1)  # (n, K)
-    log_p = torch.addmm(norms, y, codes.T, alpha=-2).div(-temperature).log_softmax(-1)
-    p = log_p.exp()
-    return -(p * log_p).sum(), p.sum(0)
+    return norms.addmm_(y, codes.T, alpha=-2).div_(-temperature).log_softmax(-1)
 
 
 def rotate_to(y: Tensor, codes: Tensor) -> Tensor:
