@@ -147,8 +147,8 @@ class VQGAN(VisualTokenizer):
             "ema-patch": VQGANConfig(**{**small, "patch": 4}, quantizer={**vq, "update": "ema"}),
             "simvq": VQGANConfig(**small, quantizer={"type": "simvq", "codebook_size": 64}),
             "fsq": VQGANConfig(**small, quantizer={"type": "fsq", "levels": [8, 5, 5]}),
-            "lfq": VQGANConfig(**small, quantizer={"type": "lfq", "codebook_size": 256}),
-            "bsq": VQGANConfig(**small, quantizer={"type": "bsq", "codebook_size": 256}),
+            "lfq": VQGANConfig(**small, quantizer={"type": "lfq", "bits": 8}),
+            "bsq": VQGANConfig(**small, quantizer={"type": "bsq", "bits": 8}),
             "residual": VQGANConfig(
                 **small, quantizer={"type": "residual-vq", "codebook_size": 64, "num_quantizers": 2}
             ),

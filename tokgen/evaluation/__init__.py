@@ -1,0 +1,1 @@
+"""Measures with a stated protocol."""

@@ -1,0 +1,99 @@
+"""Is the drawn picture nearest to the one it was asked for? Retrieval among all reference pictures, in a stated space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokgen.errors import InputError
+
+
+@dataclass
+class RetrievalReport:
+    """Shares over the drawn pictures.
+
+    Attributes:
+        top1, top5: the picture asked for is the nearest, or among the five nearest, of all references.
+        chance: what top1 would be for a picture drawn at random.
+        space: the feature space, as it must be quoted with the figures.
+        nearest: index of the nearest reference of each drawn picture, int64 (N,).
+    """
+
+    top1: float
+    top5: float
+    chance: float
+    space: str
+    nearest: Tensor
+
+
+def pixel_features(pixels: Tensor) -> Tensor:
+    """16 x 16 average-pooled RGB less its mean over the picture, (B, 768): a space without any trained network."""
+    small = F.adaptive_avg_pool2d(pixels.float(), 16).flatten(1)
+    return small - small.mean(1, keepdim=True)
+
+
+def feature_space(name: str = "auto") -> tuple[str, Callable[[Tensor], Tensor]]:
+    """(description, function) of a feature space; the function maps pixels (B, 3, H, W) in [0, 1] to (B, D).
+
+    Args:
+        name: "mobilenet" (ImageNet MobileNetV2, pooled features), "pixels" (see `pixel_features`), or "auto": the first
+            where its weights are at hand, else the second.
+
+    Raises:
+        InputError: an unknown name. CheckpointError: "mobilenet" without its weights.
+    """
+    from tokgen.errors import CheckpointError
+
+    if name == "pixels":
+        return "16 x 16 pixels, cosine", pixel_features
+    if name not in ("mobilenet", "auto"):
+        raise InputError(f"unknown feature space {name!r}; expected mobilenet, pixels or auto")
+    try:
+        from tokgen.losses.mobilenet import MobileNetFeatures
+
+        features = MobileNetFeatures()
+    except CheckpointError:
+        if name == "auto":
+            return feature_space("pixels")
+        raise
+    return "ImageNet MobileNetV2 pooled features (1280-d), cosine", features.embed
+
+
+@torch.no_grad()
+def evaluate_retrieval(
+    drawn: Tensor,
+    references: Tensor,
+    targets: Tensor,
+    space: tuple[str, Callable[[Tensor], Tensor]],
+    batch_size: int = 128,
+) -> RetrievalReport:
+    """Nearest reference by cosine similarity.
+
+    Args:
+        drawn: uint8 or float (N, 3, H, W).
+        references: uint8 or float (M, 3, H, W), all pictures a drawn one could be taken for.
+        targets: int64 (N,), which reference each drawn picture was asked to be. Exact copies of it count as it.
+    """
+    description, embed = space
+
+    def features(pixels: Tensor) -> Tensor:
+        parts = (p.float() / 255 if p.dtype == torch.uint8 else p.float() for p in pixels.split(batch_size))
+        return F.normalize(torch.cat([embed(p) for p in parts]), dim=1)
+
+    reference = features(references)
+    similarity = features(drawn) @ reference.T  # (N, M)
+    order = similarity.topk(min(5, len(references)), dim=1).indices  # (N, 5)
+    # a reference that looks exactly like the target is the target (some names share one picture)
+    twin = (reference[order] * reference[targets][:, None]).sum(-1) > 1 - 1e-6  # (N, 5)
+    hit = (order == targets[:, None]) | twin
+    return RetrievalReport(
+        hit[:, 0].double().mean().item(),
+        hit.any(1).double().mean().item(),
+        1 / len(references),
+        description,
+        order[:, 0],
+    )
