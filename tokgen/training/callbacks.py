@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from torch import Tensor
 
-from tokgen.pretrained import replacing
+from tokgen.images import image_grid, write_png
 from tokgen.quantizers.base import sum_over_ranks, usage_stats
 from tokgen.training.base import TrainingModule
 
@@ -54,18 +54,6 @@ class StepSeed(Callback):
         np.random.seed(word % 2**32)
         random.seed(word)
         self.batches += 1
-
-
-def save_png(pictures: Tensor, path: Path, columns: int) -> Tensor:
-    """Write pictures (B, 3, H, W) in [0, 1] as one PNG with `columns` in a row. Returns it, uint8 (3, H', W')."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
-    grid = make_grid(pictures.float().clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)
-    grid = (grid * 255).round().to(torch.uint8)
-    with replacing(path) as temporary:
-        to_pil_image(grid).save(temporary, format="PNG")
-    return grid
 
 
 def show(trainer: Any, name: str, grid: Tensor, step: int) -> None:
@@ -107,9 +95,9 @@ class ImageGrid(Callback):
                 missing = min(self.columns, len(pictures)) - len(row)
                 rows.append(torch.cat([row, row.new_ones(missing, *row.shape[1:])]))
         path = Path(trainer.default_root_dir) / "images" / f"reconstruction-{pl_module.step:07d}.png"
-        show(
-            trainer, "reconstruction", save_png(torch.cat(rows), path, min(self.columns, len(pictures))), pl_module.step
-        )
+        grid = image_grid(torch.cat(rows), min(self.columns, len(pictures)))
+        write_png(grid, path)
+        show(trainer, "reconstruction", grid, pl_module.step)
 
 
 class CodebookMonitor(Callback):

@@ -21,12 +21,13 @@ from torch.optim import AdamW, Optimizer
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
 from tokgen.generators.base import GENERATORS, Generator
 from tokgen.generators.text import SETTINGS, TextTokenizer
+from tokgen.images import image_grid, write_png
 from tokgen.pretrained import config_from_dict, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
-from tokgen.training.callbacks import save_png, show
+from tokgen.training.callbacks import show
 
 log = logging.getLogger(__name__)
 FROM_DATA = ("layout", "codebook_sizes", "text_vocab")  # fields of a generator's configuration that the shards decide
@@ -324,7 +325,7 @@ class GeneratorModule(TrainingModule):
 
 def training_captions(data: Any, limit: int) -> Iterator[str]:
     """Captions of the training shards in their order, variants of the JSON metadata included, `limit` at most."""
-    from tokgen.data.decode import BadSample, decode_json, decode_text
+    from tokgen.data.decode import BadSample, decode_caption, decode_json
     from tokgen.data.tar import iter_samples, open_bytes
 
     shards, count = data.sets["train"], 0
@@ -340,8 +341,7 @@ def training_captions(data: Any, limit: int) -> Iterator[str]:
             for _, sample in samples:
                 texts = []
                 try:
-                    if "txt" in sample.members:
-                        texts.append(decode_text(sample.members["txt"]))
+                    texts += [caption] if (caption := decode_caption(sample.members)) is not None else []
                     if "json" in sample.members:
                         variants = decode_json(sample.members["json"]).get("captions")
                         texts += [v for v in variants if isinstance(v, str)] if isinstance(variants, list) else []
@@ -408,6 +408,6 @@ class SampleGrid(Callback):
         tokenizer.to(tokens.device)
         pictures = tokenizer.decode(dataclasses.replace(tokens, tokenizer=""))
         path = Path(trainer.default_root_dir) / "images" / f"samples-{pl_module.step:07d}.png"
-        grid = save_png(pictures, path, min(self.columns, len(pictures)))
-        path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        grid = image_grid(pictures, min(self.columns, len(pictures)))
+        write_png(grid, path, {"prompts": prompts, "seed": self.seed, "step": pl_module.step})
         show(trainer, "samples", grid, pl_module.step)

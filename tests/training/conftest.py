@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        yield
+
+
+@pytest.fixture(scope="session")
+def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder `images` with train (48 pictures in 4 shards) and val (10)."""
+    folder = tmp_path_factory.mktemp("shards") / "images"
+    tiny.write_images(folder / "train", 48, 0)
+    tiny.write_images(folder / "val", 10, 1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def code_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder `codes` with train (48 items) and val (10)."""
+    folder = tmp_path_factory.mktemp("shards") / "codes"
+    tiny.write_codes(folder / "train", 48, 0)
+    tiny.write_codes(folder / "val", 10, 1)
+    return folder
