@@ -1,7 +1,12 @@
 from __future__ import annotations
 
-import pytest
-import torch
+import os
+
+# Small tensors: a second thread costs more than it brings, and processes that tests start share the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_addoption(parser):
