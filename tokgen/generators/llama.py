@@ -133,7 +133,7 @@ class LlamaGenerator(Generator):
         c = config
         self.layout = Layout.from_dict(c.layout)
         self.codebook_sizes, self.max_text = tuple(c.codebook_sizes), c.max_text
-        starts = torch.tensor([0, *self.codebook_sizes]).cumsum(0).tolist()
+        starts = [0, *itertools.accumulate(self.codebook_sizes)]
         self.codebook_ranges = list(itertools.pairwise(starts))
         self.register_buffer("order", window_order(self.layout, c.window), persistent=False)
         self.slots = self.order.shape[1]

@@ -1,0 +1,196 @@
+"""The commands, run as users run them: what they write, and the one line they end with after a mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokgen
+from tokgen.cli import COMMANDS, main
+from tokgen.data.shards import Manifest, ShardWriter
+from tokgen.images import image_grid, read_image, read_settings, write_png
+from tokgen.precompute import tokenize_shards
+from tokgen.tokenizers.vqgan import VQGAN, VQGANConfig
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    config = VQGANConfig(32, (1, 2), 1, 32, 4, quantizer={"type": "vq", "codebook_size": 32})
+    return VQGAN(config).save_pretrained(tmp_path / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    paths = [tmp_path / f"{name}.png" for name in ("a", "b")]
+    for path in paths:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 21, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def shards(folder: Path, n: int = 10) -> Path:
+    with ShardWriter(folder, max_samples=4) as writer:
+        for i in range(n):
+            file = io.BytesIO()
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+            writer.write(f"k{i}", {"png": file.getvalue(), "txt": f"noise {i}", "json": {"i": i}})
+    return folder
+
+
+def run(*words) -> int:
+    return main([str(w) for w in words])
+
+
+def test_encode_then_decode_gives_the_reconstruction(tmp_path, model, pictures):
+    assert run("encode", *pictures, "--model", model, "--out", tmp_path / "t.safetensors", "--device", "cpu") == 0
+    assert (
+        run("decode", tmp_path / "t.safetensors", "--model", model, "--out", tmp_path / "o.png", "--device", "cpu") == 0
+    )
+    tokenizer = tokgen.load(model)
+    pixels = torch.stack([read_image(p, multiple_of=2) for p in pictures])
+    assert pixels.shape == (2, 3, 16, 20)
+    expected = image_grid(tokenizer(pixels / 255).reconstruction)
+    assert torch.equal(torch.from_numpy(np.array(Image.open(tmp_path / "o.png"))).permute(2, 0, 1), expected)
+    assert read_settings(tmp_path / "o.png")["tokenizer"] == tokenizer.fingerprint
+
+
+def test_tokenize_writes_every_id_with_its_caption(tmp_path, model):
+    source = shards(tmp_path / "shards")
+    assert run("tokenize", source, "--model", model, "--out", tmp_path / "codes", "--device", "cpu") == 0
+    manifest = Manifest.load(tmp_path / "codes")
+    tokenizer = tokgen.load(model)
+    assert (manifest.kind, manifest.samples) == ("codes", 10)
+    assert manifest.meta["tokenizer"] == tokenizer.fingerprint and manifest.meta["codebook_sizes"] == [32]
+
+    from tokgen.data.datamodule import ShardsDataModule
+
+    data = ShardsDataModule(val=str(tmp_path / "codes"), batch_size=5)
+    data.setup("validate")
+    for batch in data.val_dataloader():
+        for key, caption, ids in zip(batch["key"], batch["caption"], batch["ids"]):
+            pixels = np.random.default_rng(int(key[1:])).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            expected = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).ids[0]
+            assert torch.equal(ids, expected) and caption == f"noise {key[1:]}"
+
+
+def test_tokenize_continues_where_it_was_interrupted(tmp_path, model, monkeypatch):
+    source, tokenizer = shards(tmp_path / "shards"), tokgen.load(model)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tokenize_shards(tokenizer, source, whole, batch_size=2, max_samples=3, progress=False)
+    encode, calls = VQGAN.encode, []
+
+    def dies(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return encode(self, pixels)
+
+    monkeypatch.setattr(VQGAN, "encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_shards(tokenizer, source, cut, batch_size=2, max_samples=3, progress=False)
+    assert not (cut / "manifest.json").exists()
+    monkeypatch.setattr(VQGAN, "encode", encode)
+    report = tokenize_shards(tokenizer, source, cut, batch_size=2, max_samples=3, progress=False)
+    assert report.kept == 3 and report.written == 7  # the one whole shard is kept
+    assert Manifest.load(cut) == Manifest.load(whole)
+
+
+def test_tokenize_counts_what_it_cannot_read(tmp_path, model):
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write("bad", {"png": b"no picture", "txt": "?"})
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, "PNG")
+        writer.write("good", {"png": file.getvalue(), "txt": "black"})
+    report = tokenize_shards(tokgen.load(model), tmp_path / "shards", tmp_path / "codes", progress=False)
+    assert report.written == 1 and report.skipped == {"unreadable image": 1}
+
+
+def test_check_finds_a_damaged_shard(tmp_path, capsys):
+    folder = shards(tmp_path / "shards")
+    assert run("check", folder) == 0
+    data = bytearray((folder / "00001.tar").read_bytes())
+    data[600] ^= 255
+    (folder / "00001.tar").write_bytes(data)
+    assert run("check", folder) == 2
+    assert "00001.tar" in capsys.readouterr().err
+
+
+def test_check_runs_the_laws(model, capsys):
+    assert run("check", model) == 0
+    assert "17 of 17 checks hold" in capsys.readouterr().out
+    assert run("check", "fsq") == 0
+
+
+def test_convert_writes_a_model_folder(tmp_path, capsys):
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent / "parity"))
+    import reference
+
+    from tokgen.importers.llamagen import VQ_KEYS, vq_from_state_dict
+
+    case, _ = reference.load(Path(__file__).parent / "parity/cases/llamagen_vq16.json")
+    torch.save({"model": reference.state_dict(case), "steps": 3}, tmp_path / "vq.pt")
+    assert run("convert", "llamagen-vq", tmp_path / "vq.pt", "--out", tmp_path / "out") == 0
+    assert "343 tensors mapped, 1 ignored" in capsys.readouterr().out
+    assert (
+        VQ_KEYS
+        and vq_from_state_dict(reference.state_dict(case))[0].fingerprint == tokgen.load(tmp_path / "out").fingerprint
+    )
+
+
+def test_config_file_and_flags_mean_the_same(tmp_path, model, pictures):
+    (tmp_path / "encode.yaml").write_text(f"model: {model}\nout: {tmp_path / 'a.safetensors'}\nsize: 8\ndevice: cpu\n")
+    assert run("encode", "-c", tmp_path / "encode.yaml", pictures[0]) == 0
+    assert tokgen.Tokens.load(tmp_path / "a.safetensors").layout == tokgen.Grid(4, 4)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["paint", "x"], "unknown command 'paint'"),
+        (["encode", "nowhere.png", "--model", "{model}", "--out", "t.safetensors"], "no image at nowhere.png"),
+        (["encode", "{picture}", "--model", "nowhere", "--out", "t.safetensors"], "no model folder at 'nowhere'"),
+        (["encode", "{picture}", "--model", "{model}", "--out", "t.bin"], "ends in .safetensors"),
+        (["decode", "nowhere.safetensors", "--model", "{model}", "--out", "o.png"], "no token file at nowhere"),
+        (["tokenize", "nowhere", "--model", "{model}", "--out", "codes"], "No such shard folder: nowhere"),
+        (["sample", " ", "--model", "{model}"], "a prompt is empty"),
+        (["sample", "cat", "--model", "{model}"], "not a generator"),
+        (["check", "nowhere"], "no model folder at 'nowhere'"),
+        (["fit", "-c", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys, model, pictures, words, message):
+    monkeypatch.chdir(tmp_path)
+    filled = [w.format(model=model, picture=pictures[0]) for w in words]
+    assert run(*filled) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+    assert list(tmp_path.glob("*.tmp-*")) == [] and not (tmp_path / "o.png").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(tokgen.TokgenError):
+        main(["check", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_every_command_has_help(capsys):
+    assert run() == 0
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in overview
+        with pytest.raises(SystemExit) as done:
+            run(name, "--help")
+        assert done.value.code == 0
+        assert "usage: tokgen " + name in capsys.readouterr().out
+
+
+def test_settings_travel_in_the_png(tmp_path):
+    write_png(torch.rand(3, 4, 4), tmp_path / "x.png", {"prompt": "ein Stück", "seed": 3})
+    assert read_settings(tmp_path / "x.png") == {"prompt": "ein Stück", "seed": 3}
+    assert json.loads(Image.open(tmp_path / "x.png").text["tokgen"])["seed"] == 3
