@@ -20,7 +20,15 @@ from PIL import Image
 from shard_makers import image_bytes, write_images
 
 from tokgen.data.batches import Captions, ImageSamples, resize_image
-from tokgen.data.decode import BadSample, decode_image, decode_json, decode_member, decode_npy, decode_text
+from tokgen.data.decode import (
+    BadSample,
+    decode_image,
+    decode_json,
+    decode_member,
+    decode_npy,
+    decode_text,
+    image_header,
+)
 from tokgen.data.shards import MANIFEST, build_manifest
 from tokgen.data.stream import ShardLoader, ShardSet
 from tokgen.data.tar import RawSample, iter_samples
@@ -102,6 +110,24 @@ def png_claiming(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     )
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "mode, options",
+    [("RGB", {}), ("L", {}), ("RGBA", {}), ("RGB", {"lossless": True}), ("RGBA", {"lossless": True}), ("RGB", {"progressive": True}),
+     ("RGB", {"exif": b"Exif\0\0" + bytes(300), "icc_profile": bytes(500)})],
+)  # fmt: skip
+def test_headers_say_what_pil_says(format, mode, options):
+    image = Image.open(io.BytesIO(image_bytes(0, (301, 17)))).convert(mode)
+    if format == "JPEG":
+        image = image.convert("L" if mode == "L" else "RGB")
+    if image.mode == "RGBA":
+        image.putalpha(100)
+    data = encoded(image, format, **options)
+    kind, width, height, transparent, deep = image_header(data)
+    assert (kind, width, height, deep) == ({"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[format], 301, 17, False)
+    assert transparent == (Image.open(io.BytesIO(data)).mode == "RGBA")
 
 
 @pytest.mark.parametrize("width, height", [(13_000, 13_000), (10_000, 7_000), (2**31 - 1, 2**31 - 1)])
@@ -333,6 +359,21 @@ def test_http_folders_stream(images, ranges):
 
 def raw(caption: str, **metadata) -> RawSample:
     return RawSample("k", {"txt": caption.encode(), "json": json.dumps(metadata).encode()})
+
+
+def test_a_caption_may_live_in_the_json():
+    rng, sample = random.Random(0), RawSample("k", {"json": b'{"caption": " a cat ", "captions": ["cat"]}'})
+    assert Captions()(sample, rng) == "a cat"
+    assert Captions(variants=1.0)(sample, rng) == "cat"
+    both = RawSample("k", {"txt": b"the text wins", "json": b'{"caption": "a cat"}'})
+    assert Captions()(both, rng) == "the text wins"
+    for members, reason in (
+        ({"json": b'{"captions": ["cat"]}'}, "no caption"),
+        ({"json": b'{"caption": ""}'}, "empty caption"),
+    ):
+        with pytest.raises(BadSample, match=reason):
+            Captions()(RawSample("k", members), rng)
+        assert Captions(required=False)(RawSample("k", members), rng) == ""
 
 
 def test_caption_variants_are_drawn_with_their_probability():

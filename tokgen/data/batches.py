@@ -21,10 +21,10 @@ from tokgen.data.decode import (
     MAX_PIXELS,
     VIDEO_EXTENSIONS,
     BadSample,
+    decode_caption,
     decode_image,
     decode_json,
     decode_npy,
-    decode_text,
 )
 from tokgen.data.tar import RawSample
 from tokgen.errors import DataError
@@ -39,7 +39,7 @@ RESIZE_MODES = ("crop", "random_crop", "squash", "none")
 class Captions:
     """Read a sample's caption, and vary it.
 
-    The caption is `KEY.txt` or, where there is none, `json["caption"]` (small pictures: a member costs 1 KB of tar).
+    The caption is `KEY.txt` or, where there is none, `json["caption"]`.
 
     Args:
         required: a missing or empty caption makes the sample bad; otherwise it becomes "".
@@ -62,15 +62,12 @@ class Captions:
         return ("txt", "json")
 
     def __call__(self, raw: RawSample, rng: random.Random) -> str:
-        data = raw.members.get("txt")
-        varied = self.variants > 0 and rng.random() < self.variants
-        record = decode_json(raw.members["json"]) if "json" in raw.members and (varied or data is None) else {}
-        found = data is not None or isinstance(record.get("caption"), str)
-        caption = decode_text(data) if data is not None else record["caption"].strip() if found else ""
+        found = decode_caption(raw.members)
+        caption = found or ""
         if self.required and not caption:
-            raise BadSample("empty caption" if found else "no caption")
-        if varied:
-            others = record.get("captions")
+            raise BadSample("no caption" if found is None else "empty caption")
+        if self.variants and rng.random() < self.variants and "json" in raw.members:
+            others = decode_json(raw.members["json"]).get("captions")
             others = [c.strip() for c in others if isinstance(c, str) and c.strip()] if isinstance(others, list) else []
             caption = rng.choice(others) if others else caption
         return self._drop_words(caption, rng) if self.word_dropout else caption

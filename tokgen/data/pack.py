@@ -25,6 +25,7 @@ from tokgen.data.decode import (
     decode_image,
     decode_json,
     decode_text,
+    image_header,
 )
 from tokgen.data.shards import Manifest, ShardWriter, safe_key
 from tokgen.errors import ConfigError, DataError
@@ -270,7 +271,7 @@ def _image_bytes(data: bytes, size: int | None, format: str | None, quality: int
     from PIL import Image
 
     x = decode_image(data, MAX_PIXELS)  # (3, H, W); raises for corrupt pictures
-    original = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}[data[:2]]
+    original = image_header(data)[0]
     height, width = x.shape[-2:]
     small = size is not None and min(height, width) > size
     if not small and format in (None, original):

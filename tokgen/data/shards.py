@@ -455,9 +455,11 @@ def build_manifest(folder: str | os.PathLike, kind: str, meta: Mapping[str, Any]
         entries.append(ShardEntry(path.name, samples, path.stat().st_size, digest))
     meta = dict(meta or {})
     if kind != "codes" and "captions" not in meta:
+        from tokgen.data.decode import decode_caption
+
         with open(paths[0], "rb") as file:
-            _, first = next(iter_samples(file, extensions=("txt",), max_member_bytes=1 << 20))
-        meta["captions"] = "txt" in first.members
+            _, first = next(iter_samples(file, extensions=("txt", "json"), max_member_bytes=1 << 20))
+        meta["captions"] = decode_caption(first.members) is not None
     manifest = Manifest(kind, tuple(entries), meta)
     write_atomically(folder / MANIFEST, manifest.to_json())
     return manifest
