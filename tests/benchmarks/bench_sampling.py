@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,22 +89,26 @@ def alternate(turns: int, *calls: Callable[[], Any]) -> list[float]:
 
 
 def run(turns: int = 3, compile: bool = True, **sizes: int) -> list[dict[str, Any]]:
-    """Rows {name, ours, peer, ratio, unit, note}; ratio is peer / ours, above 1 where ours is faster.
+    """Rows {name, ours, peer, ratio, unit, note}; ratio is ours / peer, below 1 where ours is faster.
 
     Args:
         turns: timed turns per row.
         compile: also time the compiled step (needs a C++ compiler, and about a minute to compile).
         sizes: overrides of `LlamaConfig`, for a quick look at a smaller model.
     """
+    return list(rows(turns, compile, **sizes))
+
+
+def rows(turns: int = 3, compile: bool = True, **sizes: int) -> Iterator[dict[str, Any]]:
+    """The rows of `run`, as they are measured."""
     text = torch.randint(1, 1024, (1, TEXT), generator=torch.Generator().manual_seed(0))
     plain = build(1, **sizes)
     n = plain.layout.length
     peer = to_transformers(plain)
     same = torch.equal(ours(plain, text), theirs(peer, plain, text))
-    rows = []
 
-    def row(name: str, mine: float, other: float, note: str) -> None:
-        rows.append({"name": name, "ours": mine, "peer": other, "ratio": other / mine, "unit": "s", "note": note})
+    def row(name: str, mine: float, other: float, note: str) -> dict[str, Any]:
+        return {"name": name, "ours": mine, "peer": other, "ratio": mine / other, "unit": "s", "note": note}
 
     def both(*calls: Callable[[], Any]) -> list[float]:
         with torch.no_grad():
@@ -112,24 +116,25 @@ def run(turns: int = 3, compile: bool = True, **sizes: int) -> list[dict[str, An
 
     identical = "same ids" if same else "IDS DIFFER"
     eager, hf = both(lambda: ours(plain, text), lambda: theirs(peer, plain, text))
-    row("sampling, eager", eager, hf, f"{n} ids, guidance {GUIDANCE:g}; peer: transformers generate; {identical}")
+    yield row("sampling, eager", eager, hf, f"{n} ids, guidance {GUIDANCE:g}; peer: transformers generate; {identical}")
     if compile:
         same = torch.equal(ours(plain, text, True), ours(plain, text))
         compiled, hf = both(lambda: ours(plain, text, True), lambda: theirs(peer, plain, text))
-        row("sampling, compiled", compiled, hf, f"peer: transformers generate; {'same ids' if same else 'IDS DIFFER'}")
+        yield row(
+            "sampling, compiled", compiled, hf, f"peer: transformers generate; {'same ids' if same else 'IDS DIFFER'}"
+        )
     for window in (2, 4):
         shuffled = build(window, **sizes)
         mine, base = both(lambda s=shuffled: ours(s, text), lambda: ours(plain, text))
-        row(f"sampling, window {window}", mine, base, f"{n // window**2} steps; peer: window 1, eager")
-    return rows
+        yield row(f"sampling, window {window}", mine, base, f"{n // window**2} steps; peer: window 1, eager")
 
 
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
     print(f"{'':24} {'ours':>9} {'peer':>9} {'ratio':>7}")
-    for r in run():
+    for r in rows():
         print(
-            f"{r['name']:24} {r['ours']:7.3f} {r['unit']} {r['peer']:7.3f} {r['unit']} {r['ratio']:6.2f}x  {r['note']}"
+            f"{r['name']:24} {r['ours']:7.3f} {r['unit']} {r['peer']:7.3f} {r['unit']} {r['ratio']:7.3f}  {r['note']}"
         )
 
 
