@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+
+torch.set_num_threads(1)  # the tensors are tiny: threads would wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -254,7 +254,7 @@ def test_validation_counts_valid_rows_only(tmp_path):
     trainer = tiny.trainer(tmp_path, limit_val_batches=1)
     results = {}
     for name, rows in (("flagged", {**batch, "valid": valid}), ("cut", {"pixels": batch["pixels"][valid]})):
-        trainer.validate(module, [rows], verbose=False)
+        trainer.validate(module, torch.utils.data.DataLoader([rows], batch_size=None), verbose=False)
         results[name] = {k: float(v) for k, v in trainer.callback_metrics.items()}
     assert results["flagged"] == pytest.approx(results["cut"])
     with torch.no_grad():

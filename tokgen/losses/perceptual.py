@@ -17,9 +17,12 @@ _VGG16 = "vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1 file; the suffix is
 
 
 def unit_channels(features: Tensor, eps: float = 1e-10) -> Tensor:
-    """Features (B, C, h, w) scaled to unit length over the channels, fp32 (LPIPS, arXiv 1801.03924, eq. 1)."""
+    """Features (B, C, h, w) scaled to unit length over the channels, fp32 (LPIPS, arXiv 1801.03924, eq. 1).
+
+    eps is inside the root, so that a position where no feature answers has gradient 0 and not NaN.
+    """
     features = features.float()
-    return features / (features.square().sum(1, keepdim=True).sqrt() + eps)
+    return features / (features.square().sum(1, keepdim=True) + eps**2).sqrt()
 
 
 class FeatureDistance(nn.Module):

@@ -166,7 +166,7 @@ class Checkpoint(LightningCheckpoint):
 
     Args:
         every_n_steps: steps between two saves of `last.ckpt`; None for none.
-        every_n_minutes: wall-clock minutes between two saves; None for none.
+        every_n_minutes: wall-clock minutes between two saves; None for none. Several ranks look every 10 steps.
         save_best: keep `best.ckpt` by the module's own metric, or by `monitor`.
         monitor: name of a validation metric; None takes the module's.
         mode: "min" or "max" of `monitor`.
@@ -229,9 +229,10 @@ class Checkpoint(LightningCheckpoint):
         if not pl_module.between_steps or pl_module.step == self.saved_step:
             return
         due = self.every_n_steps is not None and pl_module.step % self.every_n_steps == 0
-        if self.every_n_minutes is not None:
+        alone = trainer.world_size == 1
+        if self.every_n_minutes is not None and not due and (alone or pl_module.step % 10 == 0):
             late = time.monotonic() - self._time >= 60 * self.every_n_minutes
-            due = due or trainer.strategy.broadcast(late)  # clocks differ between ranks
+            due = late if alone else trainer.strategy.broadcast(late)  # clocks differ between ranks
         if due:
             self.save(trainer, pl_module)
 

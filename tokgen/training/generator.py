@@ -136,8 +136,8 @@ class GeneratorModule(TrainingModule):
         if self._facts:
             return
         data = self.trainer.datamodule
-        if data is None or data.kind != "codes":
-            kind = "nothing" if data is None else data.kind
+        kind = getattr(data, "kind", "no shards")
+        if kind != "codes":
             raise ConfigError(
                 f"GeneratorModule trains on code shards and was given {kind}; make them with `tokgen tokenize`"
             )
@@ -215,7 +215,8 @@ class GeneratorModule(TrainingModule):
             mesh = self.device_mesh["data_parallel"]
             for block in blocks:
                 fully_shard(block, mesh=mesh)
-            fully_shard(generator, mesh=mesh)
+            # else the embeddings stay gathered after validation, and EMA and export would find them so
+            fully_shard(generator, mesh=mesh, reshard_after_forward=True)
         self.generator = generator
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def training_captions(data: Any, limit: int) -> Iterator[str]:
                         texts += [v for v in variants if isinstance(v, str)] if isinstance(variants, list) else []
                 except BadSample:
                     continue
-                for text in texts:
+                for text in filter(None, texts):
                     yield text
                     count += 1
                     if count >= limit:
@@ -402,7 +403,13 @@ class SampleGrid(Callback):
         if getattr(pl_module, "device_mesh", None) is None and not trainer.is_global_zero:
             return  # sharded weights are gathered by all ranks at every layer, so there all must draw
         prompts = (self.prompts or list(batch["caption"]))[: self.count]
-        tokens = pl_module.generator.generate(prompts, generator=self.seed)
+        generator = pl_module.generator
+        sharded = hasattr(generator, "unshard")
+        if sharded:  # drawing calls the parts by themselves, not the whole that would gather its embeddings
+            generator.unshard()
+        tokens = generator.generate(prompts, generator=self.seed)
+        if sharded:
+            generator.reshard()
         if not trainer.is_global_zero:
             return
         tokenizer.to(tokens.device)

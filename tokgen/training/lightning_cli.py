@@ -27,7 +27,7 @@ from tokgen.tokens import Tokens
 from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
 from tokgen.training.base import TrainingModule
 from tokgen.training.callbacks import CodebookMonitor, DataStats, ImageGrid, PlainProgress, SignalCheckpoint, StepSeed
-from tokgen.training.checkpoint import BEST, AtomicCheckpointIO, Checkpoint, find_last, read_checkpoint
+from tokgen.training.checkpoint import BEST, LAST, AtomicCheckpointIO, Checkpoint, find_last, read_checkpoint
 from tokgen.training.ema import EMA
 from tokgen.training.generator import GeneratorModule, SampleGrid  # noqa: F401
 
@@ -183,12 +183,16 @@ class TokgenLightningCLI(LightningCLI):
         plugins = trainer.get("plugins")
         plugins = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        if trainer.get("logger") in (None, True):
-            if self.subcommand == "fit":
-                self.json_logger = JsonLinesLogger(run_dir)
-                kwargs["logger"] = [self.json_logger, TensorBoardLogger(str(run_dir), name="", version="")]
-            else:
-                kwargs["logger"] = False
+        logger = trainer.get("logger")
+        if self.subcommand != "fit":
+            kwargs["logger"] = False
+        elif logger is not False:
+            step = -1 if self.ckpt_path is None else int(read_checkpoint(self.ckpt_path, mmap=True)["global_step"])
+            self.json_logger, self.resumed_step = JsonLinesLogger(run_dir), step
+            if logger in (None, True):
+                purge = None if self.ckpt_path is None else step + 1
+                logger = TensorBoardLogger(str(run_dir), name="", version="", purge_step=purge)
+            kwargs["logger"] = [self.json_logger, *(logger if isinstance(logger, list) else [logger])]
         if isinstance(self.model, TrainingModule):
             if (
                 trainer.get("max_steps", -1) == -1
@@ -203,9 +207,14 @@ class TokgenLightningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         logger = getattr(self, "json_logger", None)
-        if logger is not None and self.trainer.is_global_zero:
-            step = -1 if self.ckpt_path is None else read_checkpoint(self.ckpt_path, mmap=True)["global_step"]
-            logger.rewind(int(step))
+        if logger is None or not self.trainer.is_global_zero:
+            return
+        if self.ckpt_path is None and (Path(self.trainer.default_root_dir) / "checkpoints" / LAST).is_file():
+            log.warning(
+                "%s holds a run, which this one replaces from step 0; `--ckpt_path auto` would go on with it",
+                self.trainer.default_root_dir,
+            )
+        logger.rewind(self.resumed_step)
 
     def predict(self, **kwargs: Any) -> None:
         """Tokens of the test split as `predictions.safetensors` in the run directory, one file per rank."""

@@ -1,0 +1,77 @@
+"""Run by the tests in two processes (and by one, to compare): `python ranks.py KIND WORLD FOLDER OUT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+
+from tokgen.training.base import Schedule
+from tokgen.training.checkpoint import Checkpoint
+from tokgen.training.ema import EMA
+
+
+def autoencoder(world: int, folder: Path, out: Path) -> None:
+    """The same 8 pictures a step, in any number of processes; SGD, so that differences stay differences."""
+    sgd = lambda p: torch.optim.SGD(p, lr=0.05)  # noqa: E731
+    module = tiny.autoencoder(
+        tokenizer=tiny.tokenizer({**tiny.EMA_VQ, "kmeans_init": False, "revive_below": 0.0}),
+        disc_start=3, disc_train_from=2, disc_norm="group", adaptive=True, adaptive_max=10.0, lecam_weight=0.1,
+        optimizer=sgd, disc_optimizer=sgd, clip=0.5, accumulate=1,
+    )  # fmt: skip
+
+    class Data(tiny.L.LightningDataModule):
+        def train_dataloader(self):
+            rank = self.trainer.global_rank
+            subset = torch.utils.data.Subset(tiny.Pixels(64), range(rank, 64, world))
+            return torch.utils.data.DataLoader(subset, 8 // world, shuffle=False)
+
+    strategy = "auto" if world == 1 else "ddp"
+    trainer = tiny.trainer(out, EMA(0.9), devices=world, strategy=strategy, max_epochs=1)
+    trainer.fit(module, datamodule=Data())
+    flat = torch.cat([v.detach().double().flatten() for v in module.state_dict().values()])
+    if world > 1:
+        both = [torch.zeros_like(flat) for _ in range(world)]
+        torch.distributed.all_gather(both, flat)
+        assert torch.equal(both[0], both[1]), "ranks differ"
+    if trainer.is_global_zero:
+        torch.save(flat, out / f"autoencoder{world}.pt")
+
+
+def generator(world: int, folder: Path, out: Path) -> None:
+    """Sharded over two processes (FSDP2) against one process with the double batch."""
+    settings = {"token_dropout": 0.0, "caption_dropout": 0.0}
+    sgd = lambda p: torch.optim.SGD(p, lr=0.5)  # noqa: E731
+    module = tiny.generator(config=settings, schedule=Schedule(50, kind="constant"), optimizer=sgd)
+    strategy = "auto"
+    if world > 1:
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        strategy = ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend="gloo")
+    run = out / f"generator{world}"
+    trainer = tiny.trainer(
+        run, EMA(0.5), Checkpoint(), devices=world, strategy=strategy, max_steps=6, val_check_interval=3
+    )
+
+    class Data(tiny.ShardsDataModule):
+        """Fixed batches: the sets' own split among ranks is another order of samples."""
+
+        def train_dataloader(self):
+            rank, self.sets["train"] = self.trainer.global_rank, self.sets["train"]
+            samples = []
+            loader = tiny.ShardsDataModule(val=str(folder / "train"), batch_size=48)
+            loader.setup("validate")
+            batch = next(iter(loader.val_dataloader()))
+            for i in range(48):
+                samples.append({"ids": batch["ids"][i], "mask": batch["mask"][i], "caption": batch["caption"][i]})
+            mine = [s for i, s in enumerate(samples) if i % world == rank]
+            return torch.utils.data.DataLoader(mine, 8 // world, shuffle=False)
+
+    trainer.fit(module, datamodule=Data(train=str(folder / "train"), val=str(folder / "val"), batch_size=5))
+
+
+if __name__ == "__main__":
+    kind, world, folder, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+    {"autoencoder": autoencoder, "generator": generator}[kind](world, folder, out)

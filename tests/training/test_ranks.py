@@ -1,0 +1,49 @@
+"""Two processes on one batch are one process on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokgen.generators.llama import LlamaGenerator
+from tokgen.training.checkpoint import read_checkpoint
+
+HERE = Path(__file__).parent
+
+
+def run(kind: str, folder: Path, out: Path) -> None:
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    for world in ("1", "2"):
+        command = [sys.executable, str(HERE / "ranks.py"), kind, world, str(folder), str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_ddp_equals_one_process(tmp_path):
+    """Tokenizer, EMA codebook, delayed discriminator, LeCam, adaptive weight, clipping."""
+    run("autoencoder", tmp_path, tmp_path)
+    one, two = (torch.load(tmp_path / f"autoencoder{n}.pt", weights_only=True) for n in (1, 2))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp_equals_one_process(tmp_path, code_shards):
+    """Weights, EMA, the published folder, and a checkpoint that one process can read."""
+    run("generator", code_shards, tmp_path)
+    one, two = (read_checkpoint(tmp_path / f"generator{n}" / "checkpoints" / "last.ckpt") for n in (1, 2))
+    assert one["global_step"] == two["global_step"] == 6
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    averages = [c["callbacks"]["EMA"]["average"] for c in (one, two)]
+    assert averages[0].keys() == averages[1].keys()
+    published = LlamaGenerator.from_pretrained(tmp_path / "generator2" / "generator").state_dict()
+    for name, value in averages[0].items():
+        torch.testing.assert_close(averages[1][name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(published[name.removeprefix("generator.")], averages[1][name])
