@@ -73,5 +73,6 @@ def generator(world: int, folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     kind, world, folder, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
     {"autoencoder": autoencoder, "generator": generator}[kind](world, folder, out)

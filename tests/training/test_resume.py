@@ -31,7 +31,7 @@ model:
           patch: 4
           dropout: 0.1
           quantizer: {{type: vq, codebook_size: 32, update: ema, kmeans_init: true, revive_below: 0.5}}
-    schedule: {{total_steps: {steps}, warmup_steps: 5}}
+    schedule: {{total_steps: {steps}, warmup_steps: 3}}
     loss:
       perceptual: none
       disc_start: 7

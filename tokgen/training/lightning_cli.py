@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,11 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tokgen.data.datamodule import ShardsDataModule
-from tokgen.errors import CheckpointError, ConfigError
+from tokgen.errors import CheckpointError, ConfigError, TokgenError
+from tokgen.pretrained import replacing
 from tokgen.tokens import Tokens
 from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
 from tokgen.training.base import TrainingModule
@@ -38,12 +41,16 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 class JsonLinesLogger(Logger):
     """Metrics as one JSON object per line in `metrics.jsonl` of the run, `step` first.
 
-    A resumed run drops the lines after the step it resumes from, so that the file reads like that of one run.
+    Args:
+        folder: the run directory.
+        resumed_step: lines after it are dropped at the first write, so that the file of a resumed run reads like that
+            of an uninterrupted one; -1 starts anew. A run that fails before its first step leaves the file alone.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], resumed_step: int = -1) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.jsonl"
+        self.resumed_step: int | None = resumed_step
 
     @property
     def name(self) -> str:
@@ -63,18 +70,18 @@ class JsonLinesLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.resumed_step is not None:
+            self._rewind(self.resumed_step)
+            self.resumed_step = None
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}  # NaN is no JSON
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    @rank_zero_only
-    def rewind(self, step: int) -> None:
+    def _rewind(self, step: int) -> None:
         """Drop the lines after `step`, and a last line that a kill cut short."""
         if not self.path.is_file():
             return
-        from tokgen.pretrained import replacing
-
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
@@ -103,6 +110,7 @@ class TokgenLightningCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.recipes = _config_files(args)
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             model_class=TrainingModule,
             datamodule_class=ShardsDataModule,
@@ -121,7 +129,7 @@ class TokgenLightningCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={name: {"exit_on_error": False} for name in SUBCOMMANDS} | {"exit_on_error": False},
+            parser_kwargs=dict.fromkeys(SUBCOMMANDS, strict) | strict,
             args=list(args),
         )
 
@@ -188,11 +196,11 @@ class TokgenLightningCLI(LightningCLI):
             kwargs["logger"] = False
         elif logger is not False:
             step = -1 if self.ckpt_path is None else int(read_checkpoint(self.ckpt_path, mmap=True)["global_step"])
-            self.json_logger, self.resumed_step = JsonLinesLogger(run_dir), step
+            json_logger = JsonLinesLogger(run_dir, step)
             if logger in (None, True):
                 purge = None if self.ckpt_path is None else step + 1
                 logger = TensorBoardLogger(str(run_dir), name="", version="", purge_step=purge)
-            kwargs["logger"] = [self.json_logger, *(logger if isinstance(logger, list) else [logger])]
+            kwargs["logger"] = [json_logger, *(logger if isinstance(logger, list) else [logger])]
         if isinstance(self.model, TrainingModule):
             if (
                 trainer.get("max_steps", -1) == -1
@@ -206,15 +214,9 @@ class TokgenLightningCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        logger = getattr(self, "json_logger", None)
-        if logger is None or not self.trainer.is_global_zero:
-            return
-        if self.ckpt_path is None and (Path(self.trainer.default_root_dir) / "checkpoints" / LAST).is_file():
-            log.warning(
-                "%s holds a run, which this one replaces from step 0; `--ckpt_path auto` would go on with it",
-                self.trainer.default_root_dir,
-            )
-        logger.rewind(self.resumed_step)
+        run_dir = Path(self.trainer.default_root_dir)
+        if self.ckpt_path is None and self.trainer.is_global_zero and (run_dir / "checkpoints" / LAST).is_file():
+            log.warning("%s holds a run; this one replaces it. `--ckpt_path auto` would go on with it", run_dir)
 
     def predict(self, **kwargs: Any) -> None:
         """Tokens of the test split as `predictions.safetensors` in the run directory, one file per rank."""
@@ -226,8 +228,8 @@ class TokgenLightningCLI(LightningCLI):
 
 
 def _check_trainer(trainer: Any) -> None:
-    for name, mend in (("gradient_clip_val", "clip"), ("accumulate_grad_batches", "accumulate")):
-        if trainer.get(name) not in (None, 1, 0):
+    for name, idle, mend in (("gradient_clip_val", (None, 0), "clip"), ("accumulate_grad_batches", (1,), "accumulate")):
+        if trainer.get(name) not in idle:
             raise ConfigError(
                 f"trainer.{name} does not work with modules that step by themselves; set model.init_args.{mend}"
             )
@@ -244,18 +246,39 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return files
 
 
-def _first_line(error: Exception) -> str | None:
-    """The sentence of a parser's error; None if the error is not of the parser."""
+def _plainly(error: Exception) -> Exception:
+    """What a user should read: our own error behind a parser's, or the parser's in one line; else the error itself."""
     from jsonargparse import ArgumentError
 
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, ConfigError):
-            return None
+        if isinstance(chain, TokgenError):
+            return chain
         chain = chain.__cause__ or chain.__context__
-    if not isinstance(error, ArgumentError):
-        return None
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, ArgumentError):
+        return ConfigError(_one_line(str(error)))
+    if isinstance(error, MisconfigurationException):
+        return ConfigError(" ".join(str(error).split()))
+    return error
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's nested report as `model.tokenizer.config.channels: Expected a <class 'int'>. Got value: x`.
+
+    Of a union's attempts only the first that is not about None says something.
+    """
+    flat = " ".join(message.split())
+    first, _, tries = flat.partition(" Errors: - ")
+    attempts = [a for a in re.split(r" - (?=Problem with|Expected a|Parser key)", tries) if "NoneType" not in a]
+    text = f"{first} {attempts[0]}" if tries and attempts else flat
+    text = re.sub(
+        r" Given value type: .*|Does not validate against any of the Union subtypes Subtypes: \[.*?\] ", "", text
+    )
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    given = re.findall(r"Problem with given class_path '([^']+)'", text)
+    text = re.split(r"Parser key \"[^\"]+\": |Problem with given class_path '[^']+': ", text)[-1].strip()
+    where = ".".join(keys) + (f" ({given[-1].rpartition('.')[2]})" if given else "")
+    return f"{where}: {text}" if where else text
 
 
 class _NoTips(logging.Filter):
@@ -304,7 +327,7 @@ def run(subcommand: str, args: Sequence[str]) -> TokgenLightningCLI:
         try:
             return TokgenLightningCLI([subcommand, *args])
         except Exception as error:
-            line = _first_line(error)
-            if line is None:
+            plain = _plainly(error)
+            if plain is error:
                 raise
-            raise ConfigError(line) from error
+            raise plain from None if plain.__traceback__ else error
