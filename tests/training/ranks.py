@@ -11,6 +11,8 @@ import torch
 from tokgen.training.base import Schedule
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
+from tokgen.training.generator import SampleGrid
+from tokgen.training.sharding import FullyShardedStrategy
 
 
 def autoencoder(world: int, folder: Path, out: Path) -> None:
@@ -41,35 +43,39 @@ def autoencoder(world: int, folder: Path, out: Path) -> None:
 
 
 def generator(world: int, folder: Path, out: Path) -> None:
-    """Sharded over two processes (FSDP2) against one process with the double batch."""
+    """Split over two processes (FSDP2) against one process with the double batch; pictures are drawn at validation."""
+    data = FixedBatches(folder, world)
     settings = {"token_dropout": 0.0, "caption_dropout": 0.0}
-    sgd = lambda p: torch.optim.SGD(p, lr=0.5)  # noqa: E731
-    module = tiny.generator(config=settings, schedule=Schedule(50, kind="constant"), optimizer=sgd)
-    strategy = "auto"
-    if world > 1:
-        from lightning.pytorch.strategies import ModelParallelStrategy
 
-        strategy = ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend="gloo")
-    run = out / f"generator{world}"
-    trainer = tiny.trainer(
-        run, EMA(0.5), Checkpoint(), devices=world, strategy=strategy, max_steps=6, val_check_interval=3
-    )
+    def fit(steps: int, ckpt_path: Path | None) -> None:
+        module = tiny.generator(
+            config=settings, schedule=Schedule(50, kind="constant"),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), visual_tokenizer=str(folder.parent / "visual"),
+        )  # fmt: skip
+        trainer = tiny.trainer(
+            out / f"generator{world}", EMA(0.5), SampleGrid(prompts=["count from 1"]), Checkpoint(), devices=world,
+            strategy="auto" if world == 1 else FullyShardedStrategy(), max_steps=steps, val_check_interval=3,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
 
-    class Data(tiny.ShardsDataModule):
-        """Fixed batches: the sets' own split among ranks is another order of samples."""
+    fit(4, None)
+    fit(6, out / f"generator{world}" / "checkpoints" / "last.ckpt")
 
-        def train_dataloader(self):
-            rank, self.sets["train"] = self.trainer.global_rank, self.sets["train"]
-            samples = []
-            loader = tiny.ShardsDataModule(val=str(folder / "train"), batch_size=48)
-            loader.setup("validate")
-            batch = next(iter(loader.val_dataloader()))
-            for i in range(48):
-                samples.append({"ids": batch["ids"][i], "mask": batch["mask"][i], "caption": batch["caption"][i]})
-            mine = [s for i, s in enumerate(samples) if i % world == rank]
-            return torch.utils.data.DataLoader(mine, 8 // world, shuffle=False)
 
-    trainer.fit(module, datamodule=Data(train=str(folder / "train"), val=str(folder / "val"), batch_size=5))
+class FixedBatches(tiny.ShardsDataModule):
+    """8 samples a step in the order of the shards, whatever the number of processes."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        super().__init__(train=str(folder / "train"), val=str(folder / "val"), batch_size=5)
+        self.folder, self.processes = folder, world
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        whole = tiny.ShardsDataModule(val=str(self.folder / "train"), batch_size=48)
+        whole.setup("validate")
+        batch = next(iter(whole.val_dataloader()))
+        samples = [{k: batch[k][i] for k in ("ids", "mask", "caption")} for i in range(48)]
+        mine = samples[self.trainer.global_rank :: self.processes]
+        return torch.utils.data.DataLoader(mine, 8 // self.processes, shuffle=False)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,15 @@ def test_the_list_of_callbacks_in_a_file_replaces_none_of_ours(recipe, tmp_path)
     extra = tmp_path / "extra.yaml"
     extra.write_text("trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback}]}\n")
     names = {type(c).__name__ for c in run_only(["-c", str(recipe), "-c", str(extra)], tmp_path).trainer.callbacks}
-    assert {"LambdaCallback", "Checkpoint", "EMA", "ImageGrid", "CodebookMonitor", "StepSeed", "SignalCheckpoint"} <= names
+    assert {
+        "LambdaCallback",
+        "Checkpoint",
+        "EMA",
+        "ImageGrid",
+        "CodebookMonitor",
+        "StepSeed",
+        "SignalCheckpoint",
+    } <= names
 
 
 def run_only(arguments: list[str], tmp_path: Path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from tokgen.generators.llama import LlamaGenerator
@@ -34,13 +35,19 @@ def test_ddp_equals_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_fsdp_equals_one_process(tmp_path, code_shards):
-    """Weights, EMA, the published folder, and a checkpoint that one process can read."""
-    run("generator", code_shards, tmp_path)
+def test_fsdp_equals_one_process(tmp_path):
+    """Weights, EMA, the published folder, pictures, and a checkpoint that one process can read and two resume from."""
+    visual = tiny.tokenizer()
+    visual.eval().save_pretrained(tmp_path / "visual")
+    for split in ("train", "val"):
+        tiny.write_codes(tmp_path / "codes" / split, 48 if split == "train" else 10, 0, visual.fingerprint)
+    run("generator", tmp_path / "codes", tmp_path)
     one, two = (read_checkpoint(tmp_path / f"generator{n}" / "checkpoints" / "last.ckpt") for n in (1, 2))
     assert one["global_step"] == two["global_step"] == 6
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    pictures = [sorted(p.name for p in (tmp_path / f"generator{n}" / "images").iterdir()) for n in (1, 2)]
+    assert pictures[0] == pictures[1] == ["samples-0000003.png", "samples-0000006.png"]
     averages = [c["callbacks"]["EMA"]["average"] for c in (one, two)]
     assert averages[0].keys() == averages[1].keys()
     published = LlamaGenerator.from_pretrained(tmp_path / "generator2" / "generator").state_dict()

@@ -212,8 +212,7 @@ class AutoencoderModule(TrainingModule):
                 metrics["samples_per_second"] = rate
         self.finish(completes and good)
         if logs:
-            values = {**terms, **output.stats, **metrics}
-            self.record({f"train/{k}": v for k, v in values.items()}, bar=["train/reconstruction", "train/usage"])
+            self.record_training({**terms, **output.stats, **metrics}, bar=["train/reconstruction", "train/usage"])
         return {"tokens": output.tokens}
 
     def generator_step(self, pixels: Tensor, disc_speaks: bool) -> tuple[Any, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokgen.errors import ConfigError, TokgenError
-from tokgen.quantizers.base import Quantizer
+from tokgen.quantizers.base import Quantizer, sum_over_ranks
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
@@ -273,6 +273,12 @@ class TrainingModule(L.LightningModule):
             receive = getattr(callback, "on_record", None)
             if receive is not None:
                 receive(self.trainer, self, values)
+
+    def record_training(self, metrics: dict[str, Any], bar: Iterable[str] = ()) -> None:
+        """`record` for a training step, as `train/...`: means over the ranks."""
+        values = [v.detach().float() if isinstance(v, Tensor) else torch.tensor(float(v)) for v in metrics.values()]
+        means = sum_over_ranks(torch.stack([v.to(self.device) for v in values])) / self.trainer.world_size
+        self.record({f"train/{k}": v for k, v in zip(metrics, means.tolist())}, bar)
 
     def report(self, metrics: dict[str, Any], bar: Iterable[str] = ()) -> None:
         """`record` for results of a validation: also where checkpoint callbacks and `trainer.validate` look for them."""

@@ -212,6 +212,11 @@ class GeneratorModule(TrainingModule):
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard
 
+            if self.device_mesh["tensor_parallel"].size() > 1:
+                raise ConfigError(
+                    "generators have no tensor-parallel plan; use trainer.strategy "
+                    "tokgen.training.sharding.FullyShardedStrategy, or tensor_parallel_size 1"
+                )
             mesh = self.device_mesh["data_parallel"]
             for block in blocks:
                 fully_shard(block, mesh=mesh)
@@ -246,7 +251,8 @@ class GeneratorModule(TrainingModule):
                 f"the checkpoint was trained on codes of tokenizer {made_by}, the shards hold codes of {now}; use the "
                 "shards it was trained on, or start without ckpt_path"
             )
-        shape = checkpoint["state_dict"].get("generator.text_embeddings.weight")
+        # a sharding strategy has already loaded the weights, and complained for itself
+        shape = checkpoint.get("state_dict", {}).get("generator.text_embeddings.weight")
         own = getattr(self.generator, "text_embeddings", None)
         if shape is not None and own is not None and shape.shape != own.weight.shape:
             raise CheckpointError(
@@ -277,8 +283,7 @@ class GeneratorModule(TrainingModule):
             metrics["tokens_per_second"] = rate
         self.finish(good)
         if logs:
-            metrics = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-            self.record({f"train/{k}": v for k, v in metrics.items()}, bar=["train/loss", "train/accuracy"])
+            self.record_training(metrics, bar=["train/loss", "train/accuracy"])
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
