@@ -58,6 +58,21 @@ def test_order_depends_on_the_seed_and_nothing_else(images):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_augmentation_is_each_samples_own_and_changes_with_epoch_and_seed(tmp_path):
+    write_images(tmp_path / "s", [16])
+    samples = ImageSamples(size=12, resize="squash", flip=True, shift=3)
+
+    def pixels(data: ShardLoader) -> dict[str, torch.Tensor]:
+        return {key: x for batch in data for key, x in zip(batch["key"], batch["pixels"])}
+
+    first = loader(tmp_path / "s", samples)
+    epochs = [pixels(first), pixels(first), pixels(loader(tmp_path / "s", samples, seed=1))]
+    for a, b in ((0, 1), (0, 2)):
+        assert sum(not torch.equal(epochs[a][key], epochs[b][key]) for key in epochs[a]) > 12
+    other_buffer = pixels(loader(tmp_path / "s", samples, shuffle_buffer=3))  # another order, the same pictures
+    assert all(torch.equal(epochs[0][key], other_buffer[key]) for key in epochs[0])
+
+
 @pytest.mark.parametrize("shard_sizes", [[48], [12] * 4, [1, 40, 7], [5] * 9 + [3]])
 @pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (2, 2), (3, 2), (4, 3)])
 def test_any_shards_split_over_any_readers_without_repeats(tmp_path, shard_sizes, world, workers):

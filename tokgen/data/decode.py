@@ -134,24 +134,23 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         BadSample: "unreadable image" or "too many pixels" (found in the header, before anything is decoded).
     """
-    import torchvision.io as tvio
-
     kind, width, height, transparent, deep = image_header(data)
     if width * height > max_pixels:
         raise BadSample("too many pixels", f"{width}x{height}, at most {max_pixels} allowed")
-    mode = tvio.ImageReadMode.RGB_ALPHA if transparent else tvio.ImageReadMode.RGB
     try:
+        import torchvision.io as tvio
+
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if kind == "jpg":
-            return tvio.decode_jpeg(buffer, mode=tvio.ImageReadMode.RGB)
-        x = tvio.decode_png(buffer, mode=mode) if kind == "png" else tvio.decode_webp(buffer, mode=mode)
-    except (RuntimeError, AttributeError):  # a torchvision without this format, or a file only PIL can read
+        mode = tvio.ImageReadMode.RGB_ALPHA if transparent else tvio.ImageReadMode.RGB
+        decode = {"jpg": tvio.decode_jpeg, "png": tvio.decode_png, "webp": tvio.decode_webp}[kind]
+        x = decode(buffer, mode=mode)  # (C, H, W), C = 3 or 4
+    except (RuntimeError, AttributeError, ImportError):  # a torchvision without this decoder, or a file only PIL reads
         try:
             return _pil_rgb(data)
         except Exception as error:
             raise BadSample("unreadable image", str(error)) from error
     if deep and x.dtype == torch.uint16:
-        x = x.to(torch.int64)  # (C, H, W), C = 3 or 4
+        x = x.to(torch.int64)
         x = _on_white(x, 65535) if len(x) == 4 else x
         return ((x * 255 + 32767) // 65535).to(torch.uint8)
     return _on_white(x, 255).to(torch.uint8) if len(x) == 4 else x
