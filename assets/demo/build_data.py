@@ -19,8 +19,8 @@ picture equals, or nearly equals, another one's in any style stays in ``train`` 
 A sample is ``KEY.webp`` (64x64 RGB on white) and ``KEY.json``, whose ``caption`` is the caption and ``captions`` are
 variants of it. There is no ``KEY.txt``: at this picture size a member's 1 KB of tar header and padding would cost as much
 as the picture. For the same reason pictures are kept as lossless WebP of an adaptive palette, with the fewest colours
-that reach ``MIN_PSNR`` (or 256); ordinary lossy WebP of the same size is 5 to 10 dB worse on line art, since it halves the colour
-resolution.
+that reach ``MIN_PSNR`` (or 256); ordinary lossy WebP of the same size is about 7 dB worse on line art, since it halves the
+colour resolution.
 """
 
 from __future__ import annotations
