@@ -5,8 +5,8 @@ import os
 # Small tensors: a second thread costs more than it brings, and processes that tests start share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 def pytest_addoption(parser):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,8 @@ def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         yield
+    for name in [n for n in os.environ if n.startswith("PL_")]:
+        del os.environ[name]  # Lightning leaves the seed of a run behind, for this process and those it starts
 
 
 @pytest.fixture(scope="session")

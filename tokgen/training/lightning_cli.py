@@ -154,6 +154,9 @@ class TokgenLightningCLI(LightningCLI):
         ):
             parser.add_lightning_class_args(cls, key)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
@@ -298,7 +301,6 @@ def _quiet() -> Iterator[None]:
         for message in (
             ".*does not have many workers.*",
             ".*Checkpoint directory .* exists and is not empty.*",
-            ".*args parameter is intended to run from within Python.*",
             ".*isinstance\\(treespec, LeafSpec\\).*",
         ):
             warnings.filterwarnings("ignore", message=message)
