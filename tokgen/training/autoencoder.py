@@ -78,7 +78,7 @@ class AutoencoderModule(TrainingModule):
         disc_optimizer: the discriminator's.
         accumulate, clip, max_bad_steps: see `TrainingModule`.
         init_from: folder or Hub name of a published tokenizer of the same configuration to start from.
-        channels_last: convolutions in that memory format; 1.1 to 1.6 times faster on CPUs, more on GPUs.
+        channels_last: convolutions in that memory format; what it gains depends on machine and map sizes.
         compile: compile encoder, decoder and discriminator in place.
     """
 
