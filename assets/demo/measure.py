@@ -1,8 +1,9 @@
-"""Measure the shipped demo models and draw the pictures of the README.
+"""Measure the demo models.
 
-    python assets/demo/measure.py [--generator DIR] [--pictures DIR]
+    python assets/demo/measure.py [--tokenizer DIR] [--generator DIR] [--pictures DIR]
 
-Reconstruction on the four splits; recall of training captions and of held-out (emoji, style) pairs by retrieval.
+Reconstruction on the four splits; with a generator of all pairs, recall of training captions and of held-out (emoji, style)
+pairs by retrieval, and the grids that show them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import tokgen
 from tokgen.evaluation.reconstruction import evaluate_reconstruction, read_pictures
 from tokgen.evaluation.retrieval import evaluate_retrieval, feature_space
 from tokgen.generators.pipeline import TextToImagePipeline
@@ -77,12 +79,13 @@ def draw(pipeline: TextToImagePipeline, captions: list[str]) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--generator", type=Path, default=HERE / "generator")
+    parser.add_argument("--tokenizer", type=Path, default=HERE / "tokenizer")
+    parser.add_argument("--generator", type=Path, help="also measure what this generator draws")
     parser.add_argument("--pictures", type=Path, default=HERE)
     options = parser.parse_args()
-    pipeline = TextToImagePipeline.from_pretrained(options.generator)
-    reconstruction(pipeline.tokenizer)
-    drawing(pipeline, options.pictures)
+    reconstruction(tokgen.load(options.tokenizer))
+    if options.generator is not None:
+        drawing(TextToImagePipeline.from_pretrained(options.generator), options.pictures)
 
 
 if __name__ == "__main__":

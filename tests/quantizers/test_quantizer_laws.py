@@ -162,11 +162,13 @@ def test_training_resumes_exactly_from_a_state_dict(trained):
 
 def test_two_forwards_before_backward(trained):
     """Gradient accumulation: state that changes in place must not break an earlier graph."""
-    total = 0
-    for _ in range(2):
-        out = trained(torch.randn(4, 30, DIM, requires_grad=True))
+    inputs, total = [torch.randn(4, 30, DIM, requires_grad=True) for _ in range(2)], 0
+    for z in inputs:
+        out = trained(z)
         total = total + out.codes.sum() + sum(out.losses.values())
     total.backward()
+    for z in inputs:
+        assert torch.isfinite(z.grad).all() and z.grad.any()
 
 
 def test_wrong_input_is_named(trained):
