@@ -51,14 +51,19 @@ def drawing(pipeline: TextToImagePipeline, pictures: Path) -> None:
     drawn = torch.cat([draw(pipeline, captions[i : i + 256]) for i in range(0, len(captions), 256)])
     rate = len(captions) / (time.time() - started)
     new = draw(pipeline, val_captions)
+    kept = torch.cat(
+        [to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(part))) for part in train.split(256)]
+    )
     for name in ("mobilenet", "pixels"):
         space = feature_space(name)
+        ceiling = evaluate_retrieval(kept, references, torch.arange(len(train)), space)
         recall = evaluate_retrieval(drawn, references, torch.arange(len(train)), space)
         transfer = evaluate_retrieval(new, references, len(train) + torch.arange(len(val)), space)
         nearest = [everything[int(i)] for i in transfer.nearest]
         thing = sum(a["hexcode"] == b["hexcode"] for a, b in zip(nearest, val_about)) / len(val)
         style = sum(a["style"] == b["style"] for a, b in zip(nearest, val_about)) / len(val)
         print(f"{space[0]}, {len(references)} references, chance {recall.chance:.2%}:")
+        print(f"  reconstructions:   top-1 {ceiling.top1:.1%}, the most that a drawing could reach")
         print(f"  training captions: top-1 {recall.top1:.1%}, top-5 {recall.top5:.1%}")
         print(
             f"  held-out pairs:    top-1 {transfer.top1:.1%}, top-5 {transfer.top5:.1%}, right thing {thing:.1%}, right style {style:.1%}"
