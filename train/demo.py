@@ -65,7 +65,7 @@ def train(out: Path, tokenizer_steps: int, generator_steps: int) -> dict[str, fl
         run("tokenize", out / "shards" / split, "--model", tokenizer, "--out", out / "codes" / split, "--size", SIZE)
     seconds["generator"] = run(
         "fit", "-c", "generators/token-shuffle-tiny.yaml", "-c", "train/cpu.yaml", "--run_dir", out / "generator-run",
-        "--data.train", out / "codes/train", "--data.val", out / "codes/val", "--data.batch_size", 32,
+        "--data.train", out / "codes/train", "--data.val", out / "codes/val", "--data.batch_size", 32, "--data.caption_variants", 0,
         f"{model}visual_tokenizer", tokenizer, f"{model}text.vocab_size", 768,
         f"{model}schedule.total_steps", generator_steps, f"{model}schedule.warmup_steps", generator_steps // 20,
         "--trainer.val_check_interval", max(generator_steps // 3, 1), "--ema.decay", 0.98,
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo-output")
     parser.add_argument("--tokenizer-steps", type=int, default=500)
-    parser.add_argument("--generator-steps", type=int, default=700)
+    parser.add_argument("--generator-steps", type=int, default=1000)
     options = parser.parse_args()
     out = options.out.resolve()
     for part in ("shards", "codes", "tokenizer-run", "generator-run"):
