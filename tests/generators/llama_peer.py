@@ -40,7 +40,7 @@ def to_transformers(model):
     own = model.state_dict()
     state = {
         "model.embed_tokens.weight": torch.cat(
-            [own["text_embeddings.weight"], own["boi"][None], own["tok_embeddings.weight"]]
+            [own["condition.embeddings.weight"], own["condition.boi"][None], own["tok_embeddings.weight"]]
         ),
         "lm_head.weight": torch.cat([torch.zeros(c.text_vocab + 1, c.dim), own["output.weight"]]),
         "model.norm.weight": own["norm.weight"],

@@ -25,6 +25,14 @@ VARIANTS = {
     "video": {"window": 2, "grid": (2, 4, 4), "rope": "2d", "qk_norm": True},
     "two codebooks": {"codebook_sizes": (24, 9)},
     "two codebooks, window 2": {"codebook_sizes": (24, 9), "window": 2, "rope": "2d", "n_kv_heads": 2},
+    "window 2, autoregressive head": {"window": 2, "window_head": "autoregressive"},
+    "two codebooks, window 2, autoregressive head": {
+        "codebook_sizes": (24, 9),
+        "window": 2,
+        "window_head": "autoregressive",
+        "window_head_layers": 2,
+    },
+    "rep token, zero prefix": {"rep_token": True, "rope": "2d", "rope_prefix": "zero"},
     "sequence": {"layout": {"kind": "Sequence", "n": 7}},
 }
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
@@ -41,12 +49,12 @@ def random_ids(model, batch):
 def test_window_one_is_exactly_the_plain_model(make, captions):
     model = make()
     kinds = {key.split(".")[0] for key in model.state_dict()}
-    assert kinds == {"text_embeddings", "boi", "tok_embeddings", "layers", "norm", "output"}
-    text_ids, text_mask = model.encode_text(captions)
+    assert kinds == {"condition", "tok_embeddings", "layers", "norm", "output"}
+    text_ids, text_mask = model.encode_prompts(captions)
     ids = random_ids(model, 4)
     # the plain model, written out: no windows, no cache, no skipped positions
-    boi = model.boi.expand(4, 1, -1)
-    x = torch.cat([model.text_embeddings(text_ids), boi, model.tok_embeddings(ids[:, :-1])], 1)
+    boi = model.condition.boi.expand(4, 1, -1)
+    x = torch.cat([model.condition.embeddings(text_ids), boi, model.tok_embeddings(ids[:, :-1])], 1)
     real = F.pad(text_mask, (0, ids.shape[1]), value=True)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() & real[:, None, None]
@@ -75,7 +83,7 @@ def test_logits_are_those_of_transformers_llama(make, kv):
 @each_variant
 def test_cached_equals_full(make, captions, options):
     model = make(**options)
-    text_ids, text_mask = model.encode_text(captions)
+    text_ids, text_mask = model.encode_prompts(captions)
     ids = random_ids(model, 4)
     from tokgen.generators.token_shuffle import from_windows, to_windows
 
@@ -96,7 +104,10 @@ def test_cached_equals_full(make, captions, options):
             seen = (keys & (torch.arange(length) <= at) if static else keys[:, :end])[:, None, None]
             rope = cos[:, at], sin[:, at]
             hidden.append(model.blocks(inputs, rope, seen, cache, at, None if static else end))
-        slots = from_windows(model.to_slots(torch.cat(hidden, 1)), model.order, codebooks)
+        slots = model.to_slots(torch.cat(hidden, 1))
+        if model.window_head is not None:
+            slots = model.within_window(slots, model.shared_ids(steps)[..., :-1])
+        slots = from_windows(slots, model.order, codebooks)
         for c, size in enumerate(model.codebook_sizes):
             logits = model.code_logits(slots[:, :, c], c, head)
             expected = full if codebooks == 1 else full[:, :, c, :size]
@@ -107,7 +118,7 @@ def test_cached_equals_full(make, captions, options):
 def test_stepwise_greedy_is_the_teacher_forced_argmax(make, captions, options):
     model = make(**options)
     tokens = model.generate(captions, temperature=0)
-    logits = model(*model.encode_text(captions), tokens.ids).logits
+    logits = model(*model.encode_prompts(captions), tokens.ids).logits
     assert torch.equal(logits.argmax(-1), tokens.ids)
     assert tokens.ids.unique().numel() > 3
 
@@ -116,13 +127,13 @@ def test_stepwise_greedy_is_the_teacher_forced_argmax(make, captions, options):
 def test_padding_does_not_change_logits(make, captions, options):
     model = make(**options)
     ids = random_ids(model, 4)
-    text_ids, text_mask = model.encode_text(captions)
+    text_ids, text_mask = model.encode_prompts(captions)
     together = model(text_ids, text_mask, ids).logits
-    wide_ids, wide_mask = model.encode_text(captions, pad_to=20)
+    wide_ids, wide_mask = model.encode_prompts(captions, pad_to=20)
     wide_ids[~wide_mask] = torch.randint(280, ((~wide_mask).sum(),))  # whatever lies under the mask
     assert torch.allclose(model(wide_ids, wide_mask, ids).logits, together, atol=1e-4, rtol=1e-4)
     for i, caption in enumerate(captions):
-        alone = model(*model.encode_text([caption]), ids[i : i + 1]).logits
+        alone = model(*model.encode_prompts([caption]), ids[i : i + 1]).logits
         assert torch.allclose(alone[0], together[i], atol=1e-4, rtol=1e-4)
 
 
@@ -166,7 +177,7 @@ def test_loss_is_the_mean_over_all_real_ids(make, captions):
     model = make(codebook_sizes=(24, 9), window=2)
     ids = random_ids(model, 4)
     mask = torch.rand(4, 16) < 0.6
-    out = model(*model.encode_text(captions), ids, mask, z_loss=1e-2, label_smoothing=0.1)
+    out = model(*model.encode_prompts(captions), ids, mask, z_loss=1e-2, label_smoothing=0.1)
     terms, squares, right = [], [], []
     for c, size in enumerate((24, 9)):
         logits = out.logits[:, :, c, :size][mask]
@@ -182,7 +193,7 @@ def test_loss_is_the_mean_over_all_real_ids(make, captions):
 
 def test_text_loss_predicts_the_next_real_text_id(make, captions):
     model = make()
-    text_ids, text_mask = model.encode_text(captions)
+    text_ids, text_mask = model.encode_prompts(captions)
     ids = random_ids(model, 4)
     out = model(text_ids, text_mask, ids, text_loss=0.5)
     assert out.text_logits.shape == (*text_ids.shape, 280)
@@ -195,7 +206,7 @@ def test_text_loss_predicts_the_next_real_text_id(make, captions):
 def test_a_fresh_model_is_near_uniform_and_a_zero_head_exactly(make, captions):
     for options, tolerance in (({}, 0.1), ({"zero_head": True}, 1e-5)):
         model = make(std=None, **options)
-        loss = model(*model.encode_text(captions), random_ids(model, 4)).loss
+        loss = model(*model.encode_prompts(captions), random_ids(model, 4)).loss
         assert loss.item() == pytest.approx(torch.tensor(24.0).log().item(), abs=tolerance)
 
 
@@ -203,7 +214,7 @@ def test_dropped_captions_are_the_unconditional_prompt(make, captions):
     model = make(caption_dropout=0.999999).train()
     ids = random_ids(model, 4)
     dropped = model.loss({"ids": ids, "caption": captions})
-    unconditional = model(*model.encode_text([""] * 4), ids)
+    unconditional = model(*model.encode_prompts([""] * 4), ids)
     assert torch.allclose(dropped.logits, unconditional.logits, atol=1e-4)
     kept = model.eval().loss({"ids": ids, "caption": captions})
     assert not torch.allclose(kept.logits, unconditional.logits, atol=1e-2)
@@ -271,7 +282,7 @@ def test_a_text_vocabulary_that_is_too_large_is_named(text):
     config = LlamaConfig(layout={"kind": "Grid", "h": 2, "w": 2}, codebook_sizes=(8,), text_vocab=20, dim=32, n_heads=2)
     with pytest.raises(ConfigError, match="text_vocab=20"):
         LlamaGenerator(config, text)
-    with pytest.raises(ConfigError, match="no text tokenizer"):
+    with pytest.raises(ConfigError, match="cannot read prompts"):
         LlamaGenerator(config).generate(["cat"])
 
 

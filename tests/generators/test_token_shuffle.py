@@ -72,7 +72,7 @@ def test_a_width_the_window_does_not_divide_is_a_clear_error(make):
 @pytest.mark.parametrize("window", [2, 4])
 def test_changing_a_window_changes_later_windows_only(make, captions, window):
     model = make(grid=(4, 8), window=window)
-    text = model.encode_text(captions[:1])
+    text = model.encode_prompts(captions[:1])
     ids = torch.randint(24, (1, 32))
     logits = model(*text, ids).logits
     windows = len(model.order)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tokgen.errors import ConfigError, InputError
-from tokgen.generators.text import SETTINGS, TextTokenizer
+from tokgen.generators.conditions import Prompts, T5Features, load_prompts
+from tokgen.generators.text import SETTINGS
 from tokgen.pretrained import Pretrained, Registry
 from tokgen.tokens import Layout, Tokens
 
@@ -34,6 +35,7 @@ class GeneratorOutput:
         losses: the terms as they enter `loss`, by name ("ce", "z_loss", "text").
         stats: detached scalars for the log ("accuracy").
         text_logits: float32 (B, T, text vocabulary), the prediction of the next text id; None unless asked for.
+        hidden: (B, S, dim), one block's output at exactly the S positions that predict codes; None unless asked for.
     """
 
     loss: Tensor
@@ -41,14 +43,16 @@ class GeneratorOutput:
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     text_logits: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Generator(Pretrained):
-    """Base of all generators: a causal language model over [text, begin-of-image, codes].
+    """Base of all generators: a causal language model over [condition, codes].
 
     Args:
         config: the system's configuration.
-        text: captions to ids; needed by `loss` on captions and by `generate`.
+        text: what users write to the condition's tensors (captions to ids or features, class names to labels); needed by
+            `loss` on captions and by `generate`.
         tokenizer_fingerprint: of the visual tokenizer whose codes this was trained on; written into generated tokens.
         visual_tokenizer: where that tokenizer lies, relative to the saved folder ("tokenizer", "../tokenizer").
         generation: default arguments of `generate` (fields of `SamplingSettings`), kept in `config.json`.
@@ -65,7 +69,7 @@ class Generator(Pretrained):
     def __init__(
         self,
         config: Any,
-        text: TextTokenizer | None = None,
+        text: Prompts | None = None,
         tokenizer_fingerprint: str = "",
         visual_tokenizer: str | None = None,
         generation: dict[str, Any] | None = None,
@@ -83,70 +87,75 @@ class Generator(Pretrained):
 
     def forward(
         self,
-        text_ids: Tensor,
-        text_mask: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor,
         code_ids: Tensor,
         code_mask: Tensor | None = None,
         *,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         text_loss: float = 0.0,
+        hidden_of: int | None = None,
     ) -> GeneratorOutput:
         """Teacher-forced prediction of every code id.
 
         Args:
-            text_ids, text_mask: int64 and bool (B, T), as `TextTokenizer.encode` gives them.
+            prompt, prompt_mask: the condition and which of it is real, as `encode_prompts` gives them.
             code_ids: int64 (B, N) or (B, N, C), N the layout's length.
             code_mask: bool (B, N), True where an id counts in the loss; None means all.
             z_loss: weight of mean(log^2 sum exp logits).
             label_smoothing: of the code cross-entropy.
             text_loss: weight of the cross-entropy of the next text id; above 0 `text_logits` are computed.
+            hidden_of: also give the output of this block (1 is the first) at the positions that predict codes.
         """
         raise NotImplementedError
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Any], **weights: float) -> GeneratorOutput:
-        """`forward` on a batch of code shards; in training, captions are dropped with `config.caption_dropout`.
+    def loss(self, batch: dict[str, Any], hidden_of: int | None = None, **weights: float) -> GeneratorOutput:
+        """`forward` on a batch of code shards; in training, prompts are dropped with `config.caption_dropout`.
 
-        A dropped caption leaves the begin-of-sequence id alone, which with begin-of-image is the unconditional prompt.
+        A dropped prompt is the condition's unconditional one: for text its begin-of-sequence id and begin-of-image alone.
 
         Args:
             batch: "ids" integer (B, N[, C]), optionally "mask" bool (B, N), and either "caption" (list of B strings) or
-                "text_ids" and "text_mask" (B, T).
+                "prompt" and "prompt_mask".
+            hidden_of: see `forward`.
             weights: `z_loss`, `label_smoothing`, `text_loss` of `forward`.
         """
         device = self.device
-        if "text_ids" in batch:
-            text_ids, text_mask = batch["text_ids"], batch["text_mask"]
-        else:
-            text_ids, text_mask = self.encode_text(batch["caption"])
+        given = (batch["prompt"], batch["prompt_mask"]) if "prompt" in batch else self.encode_prompts(batch["caption"])
+        prompt, mask = (t.to(device) for t in given)
         dropout = getattr(self.config, "caption_dropout", 0.0)
         if self.training and dropout > 0:
-            dropped = torch.rand(len(text_ids)) < dropout
-            text_mask = text_mask.clone()
-            text_mask[dropped.to(text_mask.device), 1:] = False
-        mask = batch.get("mask")
-        mask = None if mask is None else mask.to(device)
-        return self(text_ids.to(device), text_mask.to(device), batch["ids"].to(device).long(), mask, **weights)
+            dropped = (torch.rand(len(prompt)) < dropout).to(device)
+            empty, empty_mask = self.condition.null(prompt, mask)
+            prompt = torch.where(dropped.view(-1, *[1] * (prompt.ndim - 1)), empty, prompt)
+            mask = torch.where(dropped[:, None], empty_mask, mask)
+        code_mask = batch.get("mask")
+        code_mask = None if code_mask is None else code_mask.to(device)
+        return self(prompt, mask, batch["ids"].to(device).long(), code_mask, hidden_of=hidden_of, **weights)
 
-    def encode_text(self, prompts: Sequence[str], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-        """Ids and mask (B, T) of captions, on the CPU. Raises ConfigError without a text tokenizer."""
+    def encode_prompts(self, prompts: Sequence[str | int], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """The condition's tensors and mask. Raises ConfigError without a prompt encoder."""
         if self.text is None:
             raise ConfigError(
-                f"this {type(self).__name__} has no text tokenizer; pass text=TextTokenizer… when building it"
+                f"this {type(self).__name__} cannot read prompts; pass text=TextTokenizer…, ClassNames… or T5Features… "
+                "when building it"
             )
+        if isinstance(self.text, T5Features):
+            self.text.to(self.device)
         return self.text.encode(prompts, self.max_text, pad_to)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[str], **arguments: Any) -> Tokens:
+    def generate(self, prompts: Sequence[str | int], **arguments: Any) -> Tokens:
         """Tokens drawn for the prompts; the arguments are those of `sample`."""
         return self.sample(prompts, **arguments)[0]
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | int],
         *,
         guidance_scale: float | None = None,
         schedule: str | None = None,
@@ -166,7 +175,7 @@ class Generator(Pretrained):
         them. Every image has exactly the layout's length of ids.
 
         Args:
-            prompts: B captions; "" is unconditional.
+            prompts: B captions, or classes by name or number; "" is unconditional.
             generator: seeds. An int gives image i the seed `generator + i`; a list gives each image its own; a
                 torch.Generator draws them; None draws fresh ones. The same prompt and seed give the same ids in any batch.
             compile: compile the decoding step; slow in the first call, then faster. Needs a C++ compiler on the CPU.
@@ -194,8 +203,8 @@ class Generator(Pretrained):
         )
         seeds = sampling.seeds_of(generator, len(prompts))
         # One prompt length for all calls keeps the compiled step's shapes static.
-        text_ids, text_mask = self.encode_text(prompts, pad_to=self.max_text if compile else None)
-        ids, report = sampling.generate(self, text_ids, text_mask, settings, seeds, compile=compile, progress=progress)
+        prompt, mask = self.encode_prompts(prompts, pad_to=self.max_text if compile else None)
+        ids, report = sampling.generate(self, prompt, mask, settings, seeds, compile=compile, progress=progress)
         ids = ids if len(self.codebook_sizes) > 1 else ids[..., 0]
         return Tokens(ids, self.layout, self.codebook_sizes, tokenizer=self.tokenizer_fingerprint), report
 
@@ -229,7 +238,7 @@ class Generator(Pretrained):
 
     @classmethod
     def build(cls, config: Any, folder: Path, data: dict[str, Any], **kwargs: Any) -> Generator:
-        kwargs.setdefault("text", TextTokenizer.load(folder) if (folder / SETTINGS).is_file() else None)
+        kwargs.setdefault("text", load_prompts(folder) if (folder / SETTINGS).is_file() else None)
         for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
             if name in data:
                 kwargs.setdefault(name, data[name])

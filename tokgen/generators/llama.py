@@ -1,17 +1,17 @@
-"""A LLaMA-type decoder over [text, begin-of-image, image tokens], with Token-Shuffle windows.
+"""A LLaMA-type decoder over [condition, image tokens], with Token-Shuffle windows.
 
 The decoder is LlamaGen's (Sun et al. 2024, arXiv 2406.06525, section 2.2): RMSNorm, SwiGLU, rotary positions, no biases.
-Text is not a separate encoder's features but byte-pair ids in the same sequence, as in Token-Shuffle (Ma et al. 2025,
-arXiv 2504.17789), whose windows sit between embeddings and blocks and between blocks and head. `window=1` is the plain
-model: no further module exists.
+The condition is a class, a text encoder's features (both LlamaGen's), or text ids in the same sequence, as in
+Token-Shuffle (Ma et al. 2025, arXiv 2504.17789), whose windows sit between embeddings and blocks and between blocks and
+head. `window=1` is the plain model: no further module exists.
 
-One sequence of a caption of T ids (padded on the right) and S decoding steps:
+One sequence of a prefix of P tokens (see `conditions`; for text its ids and begin-of-image) and S decoding steps:
 
-    position   0 … T-1     T      T+1 … T+S-1
-    input      text ids    BOI    step 1 … step S-1
+    position   0 … P-2     P-1    P … P+S-2
+    input      prefix …    prefix step 1 … step S-1
     predicts               step 1 step 2 … step S
 
-A step is one codebook of one window: window^2 ids predicted in parallel. The prediction shifts by one step.
+A step is one codebook of one window: window^2 ids. The prediction shifts by one step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,25 @@ from torch import Tensor, nn
 
 from tokgen.errors import ConfigError, InputError
 from tokgen.generators.base import Generator, GeneratorOutput
+from tokgen.generators.conditions import ClassCondition, FeatureCondition, Prompts, TextCondition
 from tokgen.generators.text import TextTokenizer
-from tokgen.generators.token_shuffle import TokenShuffle, TokenUnshuffle, from_windows, to_windows, window_order
-from tokgen.nn.attention import Attention, DecoderBlock, KVCache, RMSNorm, SwiGLU, rope_table
+from tokgen.generators.token_shuffle import (
+    TokenShuffle,
+    TokenUnshuffle,
+    WindowHead,
+    from_windows,
+    to_windows,
+    window_order,
+)
+from tokgen.nn.attention import Attention, DecoderBlock, KVCache, RMSNorm, SwiGLU, prefix_attention, rope_table
 from tokgen.tokens import Grid, Layout
+
+CHOICES = {
+    "condition": ("text", "class", "features"),
+    "rope": ("1d", "2d"),
+    "rope_prefix": ("positions", "zero"),
+    "window_head": ("independent", "autoregressive"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,20 +55,31 @@ class LlamaConfig:
     Args:
         layout: `Layout.to_dict()` of a full item of the visual tokenizer, e.g. {"kind": "Grid", "h": 8, "w": 8}.
         codebook_sizes: codes of each codebook.
-        text_vocab: text ids are below this.
-        max_text: text ids per caption at most, the begin-of-sequence id included.
+        condition: "text", "class" or "features", see `tokgen.generators.conditions`.
+        text_vocab: for "text": ids are below this.
+        max_text: for "text" ids per caption at most, the begin-of-sequence id included; for "features" their rows.
+        num_classes: for "class".
+        feature_dim: for "features": their width.
         dim, n_layers, n_heads: width, blocks, heads.
         n_kv_heads: key-value heads (grouped-query attention); None means `n_heads`.
         hidden: width of the feed-forward; None is LLaMA's rule, int(8 dim / 3) rounded up to `multiple_of`.
         rope: "1d": a token's position is its index among the real tokens of its row. "2d": half of the pairs turn by
-            row, half by column; text token i is at (i, 0), and the image's rows go on where the text ends, so a window
-            in row r and column q after p text and begin tokens is at (p + r, q). Frames of a video follow one another
+            row, half by column; prefix token i is at (i, 0), and the image's rows go on where the prefix ends, so a
+            window in row r and column q after p prefix tokens is at (p + r, q). Frames of a video follow one another
             in rows. Codebooks of one window share a place.
+        rope_prefix: "positions", as above, or "zero", as LlamaGen's weights were trained: the rotation of a prefix token
+            is the number 0, so that its queries and keys vanish and all of the prefix is attended to evenly; the image
+            then starts at (0, 0).
         rope_base: theta.
         qk_norm: normalise queries and keys per head.
         norm_eps: of every RMSNorm.
         window: Token-Shuffle's s; 1 is the plain model.
         fusion_blocks: residual MLP blocks on each side when window > 1.
+        window_head: "independent": the ids of a window are drawn independently given the past, as in the paper;
+            "autoregressive": by a small causal head over the window's slots (see `WindowHead`).
+        window_head_dim, window_head_layers: of that head; a width of None means dim / window.
+        rep_token: one learned vector between prefix and codes, ARRA's <REP> (Xie et al. 2025, arXiv 2503.07334, table 5);
+            the first step is then predicted from it.
         token_dropout, attention_dropout, residual_dropout, ffn_dropout: on the input sequence, attention weights,
             attention output and feed-forward output.
         caption_dropout: share of captions dropped in training, so that guidance has an unconditional model.
@@ -62,8 +88,11 @@ class LlamaConfig:
 
     layout: dict[str, Any]
     codebook_sizes: tuple[int, ...]
-    text_vocab: int
+    condition: str = "text"
+    text_vocab: int = 0
     max_text: int = 64
+    num_classes: int = 1000
+    feature_dim: int = 2048
     dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
@@ -71,11 +100,16 @@ class LlamaConfig:
     hidden: int | None = None
     multiple_of: int = 256
     rope: str = "1d"
+    rope_prefix: str = "positions"
     rope_base: float = 10_000.0
     qk_norm: bool = False
     norm_eps: float = 1e-5
     window: int = 1
     fusion_blocks: int = 2
+    window_head: str = "independent"
+    window_head_dim: int | None = None
+    window_head_layers: int = 1
+    rep_token: bool = False
     token_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -95,8 +129,9 @@ class LlamaConfig:
             raise ConfigError(f"dim={self.dim} is not a multiple of n_heads={self.n_heads}")
         if self.n_heads % kv:
             raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={kv}")
-        if self.rope not in ("1d", "2d"):
-            raise ConfigError(f"rope={self.rope!r}; expected '1d' or '2d'")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(known)}")
         pairs = 2 if self.rope == "1d" else 4
         if (self.dim // self.n_heads) % pairs:
             raise ConfigError(
@@ -105,17 +140,25 @@ class LlamaConfig:
             )
         if self.window > 1 and self.dim % self.window**2:
             raise ConfigError(f"dim={self.dim} is not a multiple of window^2={self.window**2}")
+        if self.window_head == "autoregressive" and self.window == 1:
+            raise ConfigError("window_head='autoregressive' needs a window above 1; a window of 1 has one slot")
         if self.rope == "2d" and not isinstance(Layout.from_dict(self.layout), Grid):
             raise ConfigError(f"rope='2d' needs tokens on a grid, not {Layout.from_dict(self.layout)}; use '1d'")
-        if self.max_text < 1 or self.text_vocab < 1:
-            raise ConfigError(f"max_text={self.max_text} and text_vocab={self.text_vocab} must be at least 1")
+        needed = {
+            "text": ("max_text", "text_vocab"),
+            "class": ("num_classes",),
+            "features": ("max_text", "feature_dim"),
+        }
+        for name in needed[self.condition]:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; condition={self.condition!r} needs at least 1")
         for name in ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 0 <= {name} < 1")
 
 
 class LlamaGenerator(Generator):
-    """Causal decoder over text and code ids. See the module and `Generator` for arguments.
+    """Causal decoder over a condition and code ids. See the module and `Generator` for arguments.
 
     Attributes:
         steps: S, decoding steps per image = windows x codebooks.
@@ -125,9 +168,9 @@ class LlamaGenerator(Generator):
     type_name = "llama"
     config_class = LlamaConfig
 
-    def __init__(self, config: LlamaConfig, text: TextTokenizer | None = None, **kwargs: Any) -> None:
+    def __init__(self, config: LlamaConfig, text: Prompts | None = None, **kwargs: Any) -> None:
         config.check()
-        if text is not None and text.vocab_size > config.text_vocab:
+        if isinstance(text, TextTokenizer) and text.vocab_size > config.text_vocab:
             raise ConfigError(f"the text tokenizer has {text.vocab_size} ids but text_vocab={config.text_vocab}")
         super().__init__(config, text, **kwargs)
         c = config
@@ -140,12 +183,21 @@ class LlamaGenerator(Generator):
         self.steps = self.order.shape[0] * len(self.codebook_sizes)
         self.register_buffer("places", self._places(), persistent=False)  # (S, axes)
 
-        self.text_embeddings = nn.Embedding(c.text_vocab, c.dim)
-        self.boi = nn.Parameter(torch.empty(c.dim))
+        self.condition = {
+            "text": lambda: TextCondition(c.text_vocab, c.dim),
+            "class": lambda: ClassCondition(c.num_classes, c.dim),
+            "features": lambda: FeatureCondition(c.max_text, c.feature_dim, c.dim),
+        }[c.condition]()
+        self.rep = nn.Parameter(torch.empty(c.dim)) if c.rep_token else None
         self.tok_embeddings = nn.Embedding(starts[-1], c.dim)
         if c.window > 1:
             self.shuffle = TokenShuffle(c.dim, c.window, c.fusion_blocks, c.norm_eps)
-            self.unshuffle = TokenUnshuffle(c.dim, c.window, c.fusion_blocks, c.norm_eps)
+            independent = c.window_head == "independent"
+            self.unshuffle = TokenUnshuffle(c.dim, c.window, c.fusion_blocks, c.norm_eps, expand=independent)
+        self.window_head: WindowHead | None = None
+        if c.window_head == "autoregressive":
+            width = c.window_head_dim or c.dim // c.window
+            self.window_head = WindowHead(c.dim, c.window, width, c.window_head_layers, c.norm_eps)
         self.layers = nn.ModuleList(
             DecoderBlock(
                 Attention(
@@ -170,9 +222,35 @@ class LlamaGenerator(Generator):
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * c.n_layers) if joins else 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.boi, std=0.02)
+            elif isinstance(module, TextCondition):
+                nn.init.normal_(module.boi, std=0.02)
+        if self.rep is not None:
+            nn.init.normal_(self.rep, std=0.02)
         if c.zero_head:
             nn.init.zeros_(self.output.weight)
+
+    def start_from(self, source: LlamaGenerator) -> list[str]:
+        """Take every weight of `source`, which may have another grid or window; positions are computed, not stored.
+
+        Returns:
+            names of the weights that `source` does not have (of windows and their head) and that stay as initialised.
+
+        Raises:
+            ConfigError: weights of `source` that have no place here, or another shape.
+        """
+        theirs, own = source.state_dict(), self.state_dict()
+        grown = ("shuffle.", "unshuffle.", "window_head.", "rep")
+        lost = [k for k in theirs if k not in own and not k.startswith(grown)]
+        missing = [k for k in own if k not in theirs and not k.startswith(grown)]
+        shapes = [k for k in theirs if k in own and theirs[k].shape != own[k].shape and not k.startswith(grown)]
+        if lost or missing or shapes:
+            names = ", ".join([*lost, *missing, *shapes][:4])
+            raise ConfigError(
+                f"cannot start from a generator of other sizes: {names} differ; only grid, window, its head and rep_token may"
+            )
+        taken = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
+        self.load_state_dict(taken, strict=False)
+        return [k for k in own if k not in taken]
 
     def _places(self) -> Tensor:
         """Where each step's input lies relative to the end of the prefix, int64 (S, axes)."""
@@ -185,11 +263,13 @@ class LlamaGenerator(Generator):
 
     # -- the parts, in the order of the sequence ------------------------------------------------------------------------
 
-    def prefix(self, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Text and begin-of-image: embeddings (B, T + 1, dim) and mask (B, T + 1)."""
-        boi = self.boi.expand(len(text_ids), 1, -1)
-        x = torch.cat([self.text_embeddings(text_ids), boi.to(self.text_embeddings.weight.dtype)], 1)
-        return x, F.pad(text_mask, (0, 1), value=True)
+    def prefix(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands before the codes: embeddings (B, P, dim) and which of them are real (B, P)."""
+        x, mask = self.condition(prompt, prompt_mask)
+        if self.rep is not None:
+            x = torch.cat([x, self.rep.to(x.dtype).expand(len(x), 1, -1)], 1)
+            mask = F.pad(mask, (0, 1), value=True)
+        return x, mask
 
     def rope(self, prefix_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Rotations of the whole sequence, cos and sin (B, P + S, head_dim / 2); masked tokens take no position."""
@@ -197,17 +277,25 @@ class LlamaGenerator(Generator):
         prefix = torch.zeros(*index.shape, self.places.shape[1], dtype=torch.int64, device=index.device)
         prefix[..., 0] = (index - 1).clamp(min=0)
         image = self.places.repeat(len(index), 1, 1)
-        image[..., 0] += index[:, -1:]
+        if self.config.rope_prefix == "positions":
+            image[..., 0] += index[:, -1:]
         positions = torch.cat([prefix, image], 1)
-        return rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_base)
+        cos, sin = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_base)
+        if self.config.rope_prefix == "zero":
+            cos[:, : index.shape[1]] = sin[:, : index.shape[1]] = 0
+        return cos, sin
+
+    def shared_ids(self, ids: Tensor, codebook: int = 0) -> Tensor:
+        """Rows of the embedding table that all codebooks share, for m consecutive steps (B, m, slots)."""
+        codebooks = len(self.codebook_sizes)
+        if codebooks == 1:
+            return ids
+        starts = [self.codebook_ranges[(codebook + i) % codebooks][0] for i in range(ids.shape[1])]
+        return ids + torch.tensor(starts, device=ids.device)[:, None]
 
     def embed(self, ids: Tensor, codebook: int = 0) -> Tensor:
         """Inputs (B, m, dim) of m consecutive steps (B, m, slots), the first of which is of the given codebook."""
-        codebooks = len(self.codebook_sizes)
-        if codebooks > 1:
-            starts = [self.codebook_ranges[(codebook + i) % codebooks][0] for i in range(ids.shape[1])]
-            ids = ids + torch.tensor(starts, device=ids.device)[:, None]
-        x = self.tok_embeddings(ids)  # (B, m, slots, dim)
+        x = self.tok_embeddings(self.shared_ids(ids, codebook))  # (B, m, slots, dim)
         return self.shuffle(x) if self.config.window > 1 else x[:, :, 0]
 
     def blocks(
@@ -219,20 +307,40 @@ class LlamaGenerator(Generator):
         at: Tensor | None = None,
         end: int | None = None,
         keep: int = 0,
+        part: tuple[int, int] | None = None,
     ) -> Tensor:
-        """All decoder blocks, before the final norm; arguments as `Attention.forward`, `keep` in the last block only."""
-        for i, block in enumerate(self.layers):
+        """Decoder blocks, before the final norm; arguments as `Attention.forward`, `keep` in the last block only.
+
+        Args:
+            part: run blocks part[0] … part[1] - 1 only.
+        """
+        start, stop = part or (0, len(self.layers))
+        for i in range(start, stop):
             last = i + 1 == len(self.layers)
-            x = block(x, rope, mask, None if cache is None else cache.layer(i), at, end, keep if last else 0)
+            x = self.layers[i](x, rope, mask, None if cache is None else cache.layer(i), at, end, keep if last else 0)
         return x
 
     def to_slots(self, hidden: Tensor) -> Tensor:
-        """What each id of a step is predicted from: hidden states (B, m, dim) to (B, m, slots, channels)."""
+        """A position's state as one vector per id of the step: (B, m, dim) to (B, m, slots, channels)."""
         hidden = self.norm(hidden)
         return self.unshuffle(hidden) if self.config.window > 1 else hidden[:, :, None]
 
+    def within_window(self, slots: Tensor, before: Tensor) -> Tensor:
+        """What ids are predicted from, for the autoregressive window head.
+
+        Args:
+            slots: (B, m, slots, channels) from `to_slots`, or the first k + 1 of a step's slots.
+            before: shared ids (see `shared_ids`) of all but the last of them, int64 (B, m, slots - 1).
+
+        Returns:
+            (B, m, slots, window_head_dim).
+        """
+        return self.window_head(slots, self.tok_embeddings(before))
+
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, channels) and bias of the map from a slot to code logits; with windows, expand and head in one."""
+        if self.window_head is not None:
+            return self.window_head.folded(self.output.weight)
         if self.config.window > 1:
             return self.unshuffle.folded(self.output.weight)
         return self.output.weight, None
@@ -247,7 +355,7 @@ class LlamaGenerator(Generator):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """float32 logits (B, T, text_vocab) of the next text id; the head is the text embedding, transposed."""
-        return F.linear(self.norm(hidden), self.text_embeddings.weight).float()
+        return F.linear(self.norm(hidden), self.condition.embeddings.weight).float()
 
     def new_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `length` positions."""
@@ -262,19 +370,21 @@ class LlamaGenerator(Generator):
 
     def forward(
         self,
-        text_ids: Tensor,
-        text_mask: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor,
         code_ids: Tensor,
         code_mask: Tensor | None = None,
         *,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         text_loss: float = 0.0,
+        hidden_of: int | None = None,
     ) -> GeneratorOutput:
         """See `Generator.forward`. The cross-entropy is the mean over all real ids.
 
         Raises:
             InputError: code_ids of another length or number of codebooks than the configuration's.
+            ConfigError: `text_loss` without text, or `hidden_of` beyond the blocks.
         """
         codebooks = len(self.codebook_sizes)
         ids = code_ids if code_ids.ndim == 3 else code_ids[..., None]  # (B, N, C)
@@ -283,19 +393,32 @@ class LlamaGenerator(Generator):
                 f"code_ids have shape {tuple(code_ids.shape)}; expected {self.layout.length} ids of {codebooks} "
                 f"codebook(s) per item, as in {self.layout}"
             )
-        x, prefix_mask = self.prefix(text_ids, text_mask)
+        if text_loss and self.config.condition != "text":
+            raise ConfigError(f"text_loss needs condition='text', not {self.config.condition!r}; set it to 0")
+        if hidden_of is not None and not 1 <= hidden_of <= len(self.layers):
+            raise ConfigError(f"hidden_of={hidden_of}; expected a block from 1 to {len(self.layers)}")
+        x, prefix_mask = self.prefix(prompt, prompt_mask)
         p = x.shape[1]
         steps = to_windows(ids, self.order)  # (B, S, slots)
         x = torch.cat([x, self.embed(steps[:, :-1])], 1)  # (B, P + S - 1, dim)
         x = F.dropout(x, self.config.token_dropout, self.training)
         length = x.shape[1]
         cos, sin = self.rope(prefix_mask)
-        seen = F.pad(prefix_mask, (0, length - p), value=True)[:, None, None]
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() & seen  # (B, 1, L, L)
+        rope, mask = (cos[:, :length], sin[:, :length]), prefix_attention(prefix_mask, length)
         # Nothing is read from the text positions of the last block unless they predict text: 5 % of a step saved.
-        hidden = self.blocks(x, (cos[:, :length], sin[:, :length]), mask, keep=0 if text_loss else p - 1)
+        keep = 0 if text_loss else p - 1
+        states = None
+        if hidden_of is not None and hidden_of < len(self.layers):
+            x = self.blocks(x, rope, mask, part=(0, hidden_of))
+            states = x[:, p - 1 :]
+            hidden = self.blocks(x, rope, mask, keep=keep, part=(hidden_of, len(self.layers)))
+        else:
+            hidden = self.blocks(x, rope, mask, keep=keep)
+            states = hidden[:, -self.steps :] if hidden_of is not None else None
 
         slots = self.to_slots(hidden[:, -self.steps :])  # (B, S, slots, channels)
+        if self.window_head is not None:
+            slots = self.within_window(slots, self.shared_ids(steps)[..., :-1])
         slots = from_windows(slots, self.order, codebooks)  # (B, N, C, channels), in the layout's order
         head = self.head()
         keep = torch.ones_like(ids[..., 0], dtype=torch.bool) if code_mask is None else code_mask  # (B, N)
@@ -313,10 +436,10 @@ class LlamaGenerator(Generator):
             losses["z_loss"] = z_loss * sum((l.logsumexp(-1).square() * keep).sum() for l in logits) / count
         text_logits = None
         if text_loss:
-            text_logits = self.text_logits(hidden[:, : p - 1])
-            following = text_ids[:, 1:].masked_fill(~text_mask[:, 1:], -100)
+            text_logits = self.text_logits(hidden[:, : prompt.shape[1]])
+            following = prompt[:, 1:].masked_fill(~prompt_mask[:, 1:], -100)
             ce = F.cross_entropy(text_logits[:, :-1].flatten(0, 1), following.flatten(), reduction="sum")
-            losses["text"] = text_loss * ce / text_mask[:, 1:].sum().clamp(min=1)  # every caption may be dropped
+            losses["text"] = text_loss * ce / prompt_mask[:, 1:].sum().clamp(min=1)  # every caption may be dropped
         with torch.no_grad():
             accuracy = sum((l.argmax(-1) == t).sum() for l, t in zip(logits, targets)) / count
         widest = max(self.codebook_sizes)
@@ -327,4 +450,5 @@ class LlamaGenerator(Generator):
             losses=losses,
             stats={"accuracy": accuracy},
             text_logits=text_logits,
+            hidden=states,
         )

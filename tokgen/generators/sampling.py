@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokgen.errors import ConfigError, InputError, MissingDependency
-from tokgen.nn.attention import KVCache
+from tokgen.nn.attention import KVCache, prefix_attention
 
 if TYPE_CHECKING:
     from tokgen.generators.llama import LlamaGenerator
@@ -213,29 +213,59 @@ def choose(logits: Tensor, noise: Tensor | None, weight: Tensor | None, settings
     return (logits + noise).argmax(-1)
 
 
+def draw_step(
+    model: LlamaGenerator,
+    head: tuple[Tensor, Tensor | None],
+    hidden: Tensor,
+    codebook: int,
+    noise: Tensor | None,
+    weight: Tensor | None,
+    settings: SamplingSettings,
+) -> Tensor:
+    """The ids of one step from the state before it: all at once, or slot by slot with an autoregressive window head.
+
+    Args:
+        hidden: (rows, 1, dim), the last block's output.
+        noise, weight, settings: as `choose`; noise is (images, slots, K).
+
+    Returns:
+        int64 (images, slots) of the given codebook.
+    """
+    slots = model.to_slots(hidden)  # (rows, 1, slots, channels)
+    if model.window_head is None:
+        return choose(model.code_logits(slots, codebook, head)[:, 0], noise, weight, settings)
+    ids: list[Tensor] = []
+    before = torch.empty(len(hidden), 1, 0, dtype=torch.int64, device=hidden.device)
+    for k in range(model.slots):
+        # a window has few slots: running the narrow head over all of them again is cheaper than a cache of its own
+        states = model.within_window(slots[:, :, : k + 1], before)[:, :, -1:]
+        logits = model.code_logits(states, codebook, head)[:, 0]
+        ids.append(choose(logits, None if noise is None else noise[:, k : k + 1], weight, settings))  # (images, 1)
+        drawn = ids[-1] if weight is None else ids[-1].repeat(2, 1)
+        before = torch.cat([before, model.shared_ids(drawn[:, None], codebook)], -1)  # (rows, 1, k + 1)
+    return torch.cat(ids, -1)
+
+
 # -- the loop -------------------------------------------------------------------------------------------------------------
 
 
 def prefill(
     model: LlamaGenerator,
-    head: tuple[Tensor, Tensor | None],
     x: Tensor,
     mask: Tensor,
     rope: tuple[Tensor, Tensor],
     cache: KVCache,
 ) -> Tensor:
-    """Run the prompt, fill the cache's first P slots, and give the first step's logits (rows, slots, K).
+    """Run the prompt, fill the cache's first P slots, and give the state (rows, 1, dim) that step 1 is drawn from.
 
     Args:
         x, mask: the prefix (rows, P, dim) and which of it is real (rows, P).
         rope: of the whole sequence.
     """
     p = x.shape[1]
-    causal = torch.ones(p, p, dtype=torch.bool, device=x.device).tril()
     rope = rope[0][:, :p], rope[1][:, :p]
     at = torch.arange(p, device=x.device)
-    hidden = model.blocks(x, rope, causal & mask[:, None, None], cache, at, p, keep=p - 1)
-    return model.code_logits(model.to_slots(hidden), 0, head)[:, 0]
+    return model.blocks(x, rope, prefix_attention(mask, p), cache, at, p, keep=p - 1)
 
 
 def decode_one(
@@ -274,7 +304,7 @@ def decode_one(
     rope = rope[0].index_select(1, at), rope[1].index_select(1, at)
     hidden = model.blocks(x, rope, mask, cache, at, end)
     following = (codebook + 1) % len(model.codebook_sizes)
-    return choose(model.code_logits(model.to_slots(hidden), following, head)[:, 0], noise, weight, settings)
+    return draw_step(model, head, hidden, following, noise, weight, settings)
 
 
 @functools.cache
@@ -291,18 +321,18 @@ def compiled_decode_one(device: str) -> Callable[..., Tensor]:
 @torch.no_grad()
 def generate(
     model: LlamaGenerator,
-    text_ids: Tensor,
-    text_mask: Tensor,
+    prompt: Tensor,
+    prompt_mask: Tensor,
     settings: SamplingSettings,
     seeds: Sequence[int],
     *,
     compile: bool = False,
     progress: bool = False,
 ) -> tuple[Tensor, SamplingReport]:
-    """Draw one image's ids for each row of text; always exactly the layout's length.
+    """Draw one image's ids for each row of the prompt; always exactly the layout's length.
 
     Args:
-        text_ids, text_mask: int64 and bool (B, T).
+        prompt, prompt_mask: the condition's tensors, B rows.
         seeds: B of them.
 
     Returns:
@@ -311,15 +341,15 @@ def generate(
     training = model.training
     model.eval()  # no dropout; as it was afterwards
     try:
-        return _generate(model, text_ids, text_mask, settings, seeds, compile, progress)
+        return _generate(model, prompt, prompt_mask, settings, seeds, compile, progress)
     finally:
         model.train(training)
 
 
 def _generate(
     model: LlamaGenerator,
-    text_ids: Tensor,
-    text_mask: Tensor,
+    prompt: Tensor,
+    prompt_mask: Tensor,
     settings: SamplingSettings,
     seeds: Sequence[int],
     compile: bool,
@@ -327,19 +357,18 @@ def _generate(
 ) -> tuple[Tensor, SamplingReport]:
     from tokgen.generators.token_shuffle import from_windows
 
-    device, codebooks, images = model.device, len(model.codebook_sizes), len(text_ids)
+    device, codebooks, images = model.device, len(model.codebook_sizes), len(prompt)
     start = time.perf_counter()
-    text_ids, text_mask = text_ids.to(device), text_mask.to(device)
+    prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
     guided = settings.guidance_scale != 1
-    if guided:  # the unconditional prompt: begin-of-sequence and begin-of-image alone
-        alone = torch.zeros_like(text_mask)
-        alone[:, 0] = True
-        text_ids, text_mask = text_ids.repeat(2, 1), torch.cat([text_mask, alone])
+    if guided:  # conditional rows, then unconditional ones
+        pairs = zip((prompt, prompt_mask), model.condition.null(prompt, prompt_mask))
+        prompt, prompt_mask = (torch.cat(pair) for pair in pairs)
     weights = guidance_weights(settings, model.steps).to(device) if guided else [None] * model.steps
     noise = Noise(seeds, device) if settings.temperature > 0 else None
     draw = lambda k: None if noise is None else noise.draw(model.slots, model.codebook_sizes[k % codebooks])  # noqa: E731
 
-    x, mask = model.prefix(text_ids, text_mask)
+    x, mask = model.prefix(prompt, prompt_mask)
     p = x.shape[1]
     rope, head = model.rope(mask), model.head()
     length = p + model.steps - 1
@@ -349,7 +378,7 @@ def _generate(
     step = compiled_decode_one(device.type) if compile else decode_one
 
     out = torch.empty(images, model.steps, model.slots, dtype=torch.int64, device=device)
-    out[:, 0] = choose(prefill(model, head, x, mask, rope, cache), draw(0), weights[0], settings)
+    out[:, 0] = draw_step(model, head, prefill(model, x, mask, rope, cache), 0, draw(0), weights[0], settings)
     _synchronise(device)
     prefilled = time.perf_counter()
     for k in _track(range(1, model.steps), progress):

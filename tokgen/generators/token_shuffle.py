@@ -6,6 +6,9 @@ the mirror image. The transformer then sees s^2 times fewer image positions; the
 parallel, each given all earlier windows.
 
 The paper states neither norm, activation nor hidden width of the fusion blocks; here they are RMSNorm, GELU and d.
+
+Beyond the paper: it draws the ids of a window independently of one another. `WindowHead` draws them one after the other,
+each given those before it in its window, at the price of a narrow causal block per id.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokgen.errors import ConfigError
-from tokgen.nn.attention import RMSNorm
+from tokgen.nn.attention import Attention, DecoderBlock, RMSNorm, SwiGLU
 from tokgen.tokens import Grid, Layout
 
 
@@ -110,11 +113,11 @@ class TokenUnshuffle(nn.Module):
     map from d / s^2 channels (see `folded`).
     """
 
-    def __init__(self, dim: int, window: int, blocks: int = 2, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, window: int, blocks: int = 2, eps: float = 1e-5, expand: bool = True) -> None:
         super().__init__()
         self.slots = window**2
         self.fusion = nn.ModuleList(FusionBlock(dim, eps) for _ in range(blocks))
-        self.expand = nn.Linear(dim // window**2, dim)
+        self.expand = nn.Linear(dim // window**2, dim) if expand else None  # a `WindowHead` has its own
 
     def forward(self, hidden: Tensor) -> Tensor:
         for block in self.fusion:
@@ -123,4 +126,60 @@ class TokenUnshuffle(nn.Module):
 
     def folded(self, head: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (V, d/s^2) and bias (V,) of head(expand(slot)), for a head weight (V, d)."""
+        return head @ self.expand.weight, head @ self.expand.bias
+
+
+class WindowHead(nn.Module):
+    """The ids of one window in order: slot k is predicted from its own state, and from the ids and states before it.
+
+    Args:
+        dim: transformer width d.
+        window: s.
+        width: of the causal blocks over the s^2 slots, a multiple of 16.
+        layers: how many.
+        eps: of their norms.
+    """
+
+    def __init__(self, dim: int, window: int, width: int, layers: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        if width % 16:
+            raise ConfigError(f"the window head's width {width} is not a multiple of 16; set window_head_dim")
+        heads = max(width // 64, 1)
+        if width % heads:
+            raise ConfigError(f"the window head's width {width} does not divide into {heads} heads of 64 channels")
+        self.slot = nn.Linear(dim // window**2, width)
+        self.previous = nn.Linear(dim, width, bias=False)
+        self.position = nn.Parameter(torch.zeros(window**2, width))
+        self.layers = nn.ModuleList(
+            DecoderBlock(Attention(width, heads, eps=eps), SwiGLU(width, 4 * width), width, eps) for _ in range(layers)
+        )
+        self.norm = RMSNorm(width, eps)
+        self.expand = nn.Linear(width, dim)
+        self.head_dim = width // heads
+
+    def forward(self, slots: Tensor, previous: Tensor) -> Tensor:
+        """What each id is predicted from.
+
+        Args:
+            slots: (B, S, k, d / s^2), the first k slots of each window.
+            previous: embeddings (B, S, k - 1, d) of the ids of all but the last of them.
+
+        Returns:
+            (B, S, k, width).
+        """
+        b, s, k, _ = slots.shape
+        x = self.slot(slots) + self.position[:k]
+        x = x + F.pad(self.previous(previous), (0, 0, 1, 0))  # slot 0 has no id before it
+        x = x.flatten(0, 1)  # (B S, k, width)
+        # slots have learned positions and are not rotated
+        still = (
+            torch.ones(1, k, self.head_dim // 2, device=x.device),
+            torch.zeros(1, k, self.head_dim // 2, device=x.device),
+        )
+        for layer in self.layers:
+            x = layer(x, still)
+        return self.norm(x).view(b, s, k, -1)
+
+    def folded(self, head: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TokenUnshuffle.folded`."""
         return head @ self.expand.weight, head @ self.expand.bias

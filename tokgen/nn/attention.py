@@ -67,6 +67,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -- attention ----------------------------------------------------------------------------------------------------------
 
 
+def prefix_attention(prefix_mask: Tensor, length: int) -> Tensor:
+    """Which keys each query sees, bool (B, 1, L, L): causal, no padding; a padded token sees itself, so that none is blind."""
+    seen = F.pad(prefix_mask, (0, length - prefix_mask.shape[1]), value=True)[:, None, None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    return causal & seen | torch.eye(length, dtype=torch.bool, device=seen.device)
+
+
 class KVCache:
     """Keys and values of all layers, allocated once for a whole sequence.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -20,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
 from tokgen.generators.base import GENERATORS, Generator
+from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
 from tokgen.generators.text import SETTINGS, TextTokenizer
 from tokgen.images import image_grid, write_png
 from tokgen.pretrained import config_from_dict, resolve
@@ -30,16 +30,18 @@ from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, de
 from tokgen.training.callbacks import show
 
 log = logging.getLogger(__name__)
-FROM_DATA = ("layout", "codebook_sizes", "text_vocab")  # fields of a generator's configuration that the shards decide
+# fields of a generator's configuration that the shards and the text encoder decide
+FROM_DATA = ("layout", "codebook_sizes", "text_vocab", "num_classes", "feature_dim")
 
 
 @dataclass(frozen=True)
 class Text:
-    """Where the text vocabulary comes from.
+    """How captions are read. A class-conditional generator takes each different caption of the training shards as a class.
 
     Attributes:
-        path: a folder that `TextTokenizer.save` or a generator's `save_pretrained` wrote, or a Hub name; None learns one
-            from the captions of the training shards, the same from the same shards.
+        path: where the text vocabulary comes from: a folder that `TextTokenizer.save` or a generator's `save_pretrained`
+            wrote, or a Hub name; None learns one from the captions of the training shards, the same from the same
+            shards. For condition "features": Hub name or folder of the T5 encoder.
         vocab_size: upper bound of a learned vocabulary; also the size of the text embedding.
         special_words: words or phrases that get one id each.
         lowercase: captions are lower-cased.
@@ -54,14 +56,14 @@ class Text:
 
 
 class GeneratorModule(TrainingModule):
-    """A generator, its text vocabulary, and the loss. Layout, codebook sizes and the tokenizer's fingerprint come from
+    """A generator, what reads its prompts, and the loss. Layout, codebook sizes and the tokenizer's fingerprint come from
     the shards.
 
     Args:
         generator: a name registered in `tokgen.generators` ("llama").
         config: fields of its configuration, without those that the shards decide (layout, codebook sizes, text
-            vocabulary).
-        text: where the text vocabulary comes from.
+            vocabulary, classes).
+        text: how captions are read.
         visual_tokenizer: folder or Hub name of the tokenizer that made the codes. It is checked against the shards,
             decodes the sample grid, and goes into the published folder. None: no grid, and the folder names none.
         generation: default sampling settings of the published generator (fields of `SamplingSettings`); the sample grid
@@ -71,7 +73,9 @@ class GeneratorModule(TrainingModule):
         label_smoothing: of the code cross-entropy, in training.
         z_loss: weight of mean(log^2 sum exp logits).
         text_loss: weight of predicting the caption too.
-        init_from: published generator to start from, with its text vocabulary.
+        init_from: published generator to start from, with its text vocabulary. With an empty `config` it is trained on as
+            it is; else a generator of that configuration takes all its weights, on another grid or window if need be
+            (see `LlamaGenerator.start_from`).
         compile: compile the blocks in place.
     """
 
@@ -125,7 +129,7 @@ class GeneratorModule(TrainingModule):
         fields = [f.name for f in dataclasses.fields(self.cls.config_class) if f.name not in FROM_DATA]
         for name in self.sizes:
             if name in FROM_DATA:
-                raise ConfigError(f"config.{name} comes from the shards and the text vocabulary; leave it out")
+                raise ConfigError(f"config.{name} comes from the shards and the text encoder; leave it out")
             if name not in fields:
                 raise ConfigError(f"config has no {name!r} for generator {self.kind!r}; expected {', '.join(fields)}")
 
@@ -164,46 +168,76 @@ class GeneratorModule(TrainingModule):
                 "one, or tokenize anew"
             )
 
-    def _make_text(self, stage: str) -> TextTokenizer | None:
-        where = self.init_from or self.text.path
-        if where is not None:
-            folder = resolve(where) if self.init_from else Path(where)
-            return TextTokenizer.load(folder) if (folder / SETTINGS).is_file() else TextTokenizer.from_name(where)
+    def _make_text(self, stage: str) -> Prompts | None:
+        condition = self.sizes.get("condition", "text")
+        if self.init_from is not None:
+            return load_prompts(resolve(self.init_from))
+        if condition == "features":
+            if self.text.path is None:
+                raise ConfigError("condition 'features' needs text.path, the Hub name or folder of a T5 encoder")
+            return T5Features(self.text.path, self.sizes.get("max_text", 120), self.text.lowercase)
+        if condition == "text" and self.text.path is not None:
+            folder = Path(self.text.path)
+            if (folder / SETTINGS).is_file():
+                return TextTokenizer.load(folder)
+            return TextTokenizer.from_name(self.text.path, lowercase=self.text.lowercase)
         if stage != "fit":
             return None  # comes with the checkpoint
         made: list[str] = []
         if self.trainer.is_global_zero:
-            start = time.monotonic()
-            captions = list(training_captions(self.trainer.datamodule, self.text.max_captions))
-            text = TextTokenizer.train(
-                captions, self.text.vocab_size, self.text.special_words, lowercase=self.text.lowercase
-            )
-            log.info(
-                "text vocabulary: %d ids learned from %d captions in %.1f s",
-                text.vocab_size, len(captions), time.monotonic() - start,
-            )  # fmt: skip
-            made = _dump_text(text)
-        return _load_text(self.trainer.strategy.broadcast(made))
+            made = dump_prompts(self._learn_classes() if condition == "class" else self._learn_vocabulary())
+        return undump_prompts(self.trainer.strategy.broadcast(made))
+
+    def _learn_classes(self) -> ClassNames:
+        names = sorted(set(training_captions(self.trainer.datamodule, self.text.max_captions, variants=False)))
+        log.info("%d classes, the different captions of the training shards", len(names))
+        return ClassNames(names)
+
+    def _learn_vocabulary(self) -> TextTokenizer:
+        start = time.monotonic()
+        captions = list(training_captions(self.trainer.datamodule, self.text.max_captions))
+        text = TextTokenizer.train(
+            captions, self.text.vocab_size, self.text.special_words, lowercase=self.text.lowercase
+        )
+        log.info(
+            "text vocabulary: %d ids learned from %d captions in %.1f s",
+            text.vocab_size, len(captions), time.monotonic() - start,
+        )  # fmt: skip
+        return text
+
+    def _prompt_sizes(self, text: Prompts | None) -> dict[str, int]:
+        """The configuration fields that follow from what reads the prompts."""
+        if isinstance(text, ClassNames):
+            return {"num_classes": len(text.names)}
+        if isinstance(text, T5Features):
+            return {"feature_dim": text.dim}
+        if isinstance(text, TextTokenizer) and (self.text.path is not None or self.init_from is not None):
+            return {"text_vocab": text.vocab_size}
+        return {"text_vocab": self.text.vocab_size}
 
     def configure_model(self) -> None:
         if self.generator is not None:
             return
         text, facts = self._text, dict(self._facts)
         fingerprint = facts.pop("tokenizer_fingerprint")
-        if self.init_from is not None:
-            generator = self.cls.from_pretrained(self.init_from, text=text)
+        source = None if self.init_from is None else self.cls.from_pretrained(self.init_from, text=text)
+        if source is not None and not self.sizes:
+            generator = source
             if (generator.layout.to_dict(), generator.codebook_sizes) != (facts["layout"], facts["codebook_sizes"]):
                 raise ConfigError(
                     f"init_from {self.init_from} draws {generator.layout} of {generator.codebook_sizes}, the shards hold "
-                    f"{facts['layout']} of {facts['codebook_sizes']}"
+                    f"{facts['layout']} of {facts['codebook_sizes']}; give `config` to start another size from it"
                 )
             generator.train()
         else:
-            vocabulary = self.text.vocab_size if self.text.path is None else text.vocab_size
-            config = config_from_dict(
-                self.cls.config_class, {**self.sizes, **facts, "text_vocab": vocabulary}, "config"
-            )
+            read = self._prompt_sizes(text) if source is None else {
+                k: getattr(source.config, k) for k in ("text_vocab", "num_classes", "feature_dim")
+            }  # fmt: skip
+            config = config_from_dict(self.cls.config_class, {**self.sizes, **facts, **read}, "config")
             generator = self.cls(config, text)
+            if source is not None:
+                fresh = generator.start_from(source)
+                log.info("started from %s; new here: %s", self.init_from, ", ".join(fresh) or "nothing")
         generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
         blocks = getattr(generator, "layers", ())
         if self.compile_blocks:
@@ -238,13 +272,13 @@ class GeneratorModule(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.generator.text is not None:
-            checkpoint["tokgen"]["text"] = _dump_text(self.generator.text)
+            checkpoint["tokgen"]["text"] = dump_prompts(self.generator.text)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's text vocabulary: one learned again from changed shards would mean other words."""
         about = checkpoint.get("tokgen", {})
         if "text" in about:
-            self.generator.text = _load_text(about["text"])
+            self.generator.text = undump_prompts(about["text"])
         made_by, now = about.get("config", {}).get("tokenizer", ""), self._facts["tokenizer_fingerprint"]
         if made_by and now and made_by != now:
             raise TokenizerMismatch(
@@ -252,8 +286,8 @@ class GeneratorModule(TrainingModule):
                 "shards it was trained on, or start without ckpt_path"
             )
         # a sharding strategy has already loaded the weights, and complained for itself
-        shape = checkpoint.get("state_dict", {}).get("generator.text_embeddings.weight")
-        own = getattr(self.generator, "text_embeddings", None)
+        shape = checkpoint.get("state_dict", {}).get("generator.condition.embeddings.weight")
+        own = getattr(self.generator.condition, "embeddings", None)
         if shape is not None and own is not None and shape.shape != own.weight.shape:
             raise CheckpointError(
                 f"the checkpoint has a text embedding of {tuple(shape.shape)}, the configuration one of "
@@ -329,8 +363,8 @@ class GeneratorModule(TrainingModule):
             generator.save_pretrained(folder, tokenizer=self.visual_tokenizer)
 
 
-def training_captions(data: Any, limit: int) -> Iterator[str]:
-    """Captions of the training shards in their order, variants of the JSON metadata included, `limit` at most."""
+def training_captions(data: Any, limit: int, variants: bool = True) -> Iterator[str]:
+    """Captions of the training shards in their order, with the `variants` in the JSON metadata or without; `limit` at most."""
     from tokgen.data.decode import BadSample, decode_caption, decode_json
     from tokgen.data.tar import iter_samples, open_bytes
 
@@ -348,9 +382,9 @@ def training_captions(data: Any, limit: int) -> Iterator[str]:
                 texts = []
                 try:
                     texts += [caption] if (caption := decode_caption(sample.members)) is not None else []
-                    if "json" in sample.members:
-                        variants = decode_json(sample.members["json"]).get("captions")
-                        texts += [v for v in variants if isinstance(v, str)] if isinstance(variants, list) else []
+                    if variants and "json" in sample.members:
+                        others = decode_json(sample.members["json"]).get("captions")
+                        texts += [v for v in others if isinstance(v, str)] if isinstance(others, list) else []
                 except BadSample:
                     continue
                 for text in filter(None, texts):
@@ -358,16 +392,6 @@ def training_captions(data: Any, limit: int) -> Iterator[str]:
                     count += 1
                     if count >= limit:
                         return
-
-
-def _dump_text(text: TextTokenizer) -> list[str]:
-    return [text.tokenizer.to_str(), json.dumps(text.settings)]
-
-
-def _load_text(dumped: list[str]) -> TextTokenizer:
-    from tokenizers import Tokenizer
-
-    return TextTokenizer(Tokenizer.from_str(dumped[0]), json.loads(dumped[1]))
 
 
 def _gathered(generator: Generator) -> Generator:
