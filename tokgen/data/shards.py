@@ -24,6 +24,7 @@ import numpy as np
 
 from tokgen.data.tar import Damage, check_location, iter_samples, join, open_bytes, scheme
 from tokgen.errors import DataError
+from tokgen.pretrained import replacing
 
 FORMAT, VERSION = "tokgen-shards", 1
 KINDS = ("images", "codes", "videos")
@@ -144,19 +145,6 @@ def _check_folder(folder: str) -> None:
         raise FileNotFoundError(f"{folder} holds splits ({', '.join(inner)}), not shards; name one: {path / inner[0]}.")
     what = f"no {MANIFEST} and no shards" if names else "nothing"
     raise FileNotFoundError(f"{folder} holds {what}; make shards with `tokgen pack SOURCE --out {folder}`.")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file in the same folder, flush it to disk, then put it in place."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -356,7 +344,8 @@ class ShardWriter:
         self._list_whole_shards()
 
     def _list_whole_shards(self) -> None:
-        write_atomically(self.folder / PARTIAL, Manifest(self.kind, tuple(self._shards), self.meta).to_json())
+        with replacing(self.folder / PARTIAL) as temporary:
+            temporary.write_text(Manifest(self.kind, tuple(self._shards), self.meta).to_json(), encoding="utf-8")
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -374,7 +363,8 @@ class ShardWriter:
         if self.manifest is None:
             self._close_shard()
             manifest = Manifest(self.kind, tuple(self._shards), self.meta)
-            write_atomically(self.folder / MANIFEST, manifest.to_json())
+            with replacing(self.folder / MANIFEST) as temporary:
+                temporary.write_text(manifest.to_json(), encoding="utf-8")
             (self.folder / PARTIAL).unlink(missing_ok=True)
             self.manifest = manifest
         return self.manifest
@@ -461,5 +451,6 @@ def build_manifest(folder: str | os.PathLike, kind: str, meta: Mapping[str, Any]
             _, first = next(iter_samples(file, extensions=("txt", "json"), max_member_bytes=1 << 20))
         meta["captions"] = decode_caption(first.members) is not None
     manifest = Manifest(kind, tuple(entries), meta)
-    write_atomically(folder / MANIFEST, manifest.to_json())
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
