@@ -200,13 +200,21 @@ class T5Features:
         device = next(self._model.parameters()).device
         mask = batch["attention_mask"].to(device)
         features = self._model(batch["input_ids"].to(device), attention_mask=mask).last_hidden_state
-        # real rows move to the end: the code next to them is then the same distance from every caption
-        order = mask.argsort(1, stable=True)  # padding first, order kept
-        mask = mask.gather(1, order).bool()
-        return features.gather(1, order[..., None].expand_as(features)) * mask[..., None], mask
+        return to_the_end(features, mask.bool())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         write_json(self.settings, Path(folder) / SETTINGS)
+
+
+def to_the_end(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, T, D) that are real (B, T) moved to the end in their order, with zeros before them, and their mask.
+
+    The last row, which predicts the first code, is then a real one in every caption.
+    """
+    order = mask.int().argsort(dim=1, stable=True)  # padding first
+    mask = mask.gather(1, order)
+    features = features.gather(1, order[..., None].expand_as(features))
+    return features.masked_fill(~mask[..., None], 0), mask
 
 
 Prompts = TextTokenizer | ClassNames | T5Features
