@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -116,8 +116,12 @@ def config_from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
         raise ConfigError(f"{where}: {cls.__name__} {error}") from None
 
 
-def resolve(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """A local folder as it is, or a Hugging Face Hub repository downloaded. Raises CheckpointError if neither."""
+def resolve(
+    path_or_repo: str | os.PathLike[str],
+    revision: str | None = None,
+    files: Sequence[str] = ("*.json", "*.safetensors", "*.txt"),
+) -> Path:
+    """A local folder as it is, or these files of a Hugging Face Hub repository. Raises CheckpointError if neither."""
     path = Path(path_or_repo)
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -132,7 +136,7 @@ def resolve(path_or_repo: str | os.PathLike[str], revision: str | None = None) -
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a local folder nor a reachable Hub repository ({type(error).__name__}); check the path or the connection"

@@ -22,6 +22,7 @@ from tokgen.generators.base import GENERATORS, Generator
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
 from tokgen.generators.text import SETTINGS, TextTokenizer
 from tokgen.images import image_grid, write_png
+from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
 from tokgen.pretrained import config_from_dict, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.tokenizers.base import VisualTokenizer
@@ -76,6 +77,8 @@ class GeneratorModule(TrainingModule):
         init_from: published generator to start from, with its text vocabulary. With an empty `config` it is trained on as
             it is; else a generator of that configuration takes all its weights, on another grid or window if need be
             (see `LlamaGenerator.start_from`).
+        init_from_lm: text-only language model to start from, ARRA's start: Hub name or folder of a LLaMA-type model (see
+            `tokgen.importers.causal_lm`). Its sizes and text vocabulary are taken; `config` may add to them.
         compile: compile the blocks in place.
     """
 
@@ -99,6 +102,7 @@ class GeneratorModule(TrainingModule):
         clip: float | None = 1.0,
         max_bad_steps: int = 20,
         init_from: str | None = None,
+        init_from_lm: str | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(schedule, accumulate, clip, max_bad_steps)
@@ -109,6 +113,9 @@ class GeneratorModule(TrainingModule):
         self.kind, self.sizes, self.text, self.generation = generator, dict(config or {}), text, dict(generation or {})
         self.cls = GENERATORS[generator]
         self._check_sizes()
+        self.init_from_lm, self._lm_vocabulary = init_from_lm, 0
+        if init_from_lm is not None:
+            self._take_sizes_of_lm(init_from is not None)
         self.make_optimizer = optimizer
         self.weights = {"label_smoothing": label_smoothing, "z_loss": z_loss, "text_loss": text_loss}
         self.init_from, self.compile_blocks = init_from, compile
@@ -132,6 +139,19 @@ class GeneratorModule(TrainingModule):
                 raise ConfigError(f"config.{name} comes from the shards and the text encoder; leave it out")
             if name not in fields:
                 raise ConfigError(f"config has no {name!r} for generator {self.kind!r}; expected {', '.join(fields)}")
+
+    def _take_sizes_of_lm(self, other_start: bool) -> None:
+        if other_start or self.text.path is not None:
+            other = "init_from" if other_start else "text.path"
+            raise ConfigError(f"init_from_lm brings weights and text vocabulary; leave out {other}")
+        sizes = causal_lm_config(self.init_from_lm)
+        self._lm_vocabulary = sizes.pop("text_vocab")
+        for name, value in sizes.items():
+            if self.sizes.get(name, value) != value:
+                raise ConfigError(
+                    f"config.{name}={self.sizes[name]!r} but {self.init_from_lm} has {value!r}; leave it out"
+                )
+        self.sizes |= sizes
 
     # -- building, once the data is known -----------------------------------------------------------------------------
 
@@ -172,6 +192,8 @@ class GeneratorModule(TrainingModule):
         condition = self.sizes.get("condition", "text")
         if self.init_from is not None:
             return load_prompts(resolve(self.init_from))
+        if self.init_from_lm is not None:
+            return TextTokenizer.from_name(self.init_from_lm, lowercase=self.text.lowercase)
         if condition == "features":
             if self.text.path is None:
                 raise ConfigError("condition 'features' needs text.path, the Hub name or folder of a T5 encoder")
@@ -189,7 +211,9 @@ class GeneratorModule(TrainingModule):
         return undump_prompts(self.trainer.strategy.broadcast(made))
 
     def _learn_classes(self) -> ClassNames:
-        names = sorted(set(training_captions(self.trainer.datamodule, self.text.max_captions, variants=False)))
+        names = set(training_captions(self.trainer.datamodule, self.text.max_captions, variants=False))
+        # names that are numbers keep their order: "0" … "999" get the labels 0 … 999
+        names = sorted(names, key=lambda name: (name.zfill(12) if name.isdecimal() else name, name))
         log.info("%d classes, the different captions of the training shards", len(names))
         return ClassNames(names)
 
@@ -211,6 +235,8 @@ class GeneratorModule(TrainingModule):
             return {"num_classes": len(text.names)}
         if isinstance(text, T5Features):
             return {"feature_dim": text.dim}
+        if self.init_from_lm is not None:
+            return {"text_vocab": max(self._lm_vocabulary, text.vocab_size)}
         if isinstance(text, TextTokenizer) and (self.text.path is not None or self.init_from is not None):
             return {"text_vocab": text.vocab_size}
         return {"text_vocab": self.text.vocab_size}
@@ -238,6 +264,9 @@ class GeneratorModule(TrainingModule):
             if source is not None:
                 fresh = generator.start_from(source)
                 log.info("started from %s; new here: %s", self.init_from, ", ".join(fresh) or "nothing")
+            if self.init_from_lm is not None:
+                report = start_from_causal_lm(generator, self.init_from_lm)
+                log.info("started from %s: %s", self.init_from_lm, report)
         generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
         blocks = getattr(generator, "layers", ())
         if self.compile_blocks:
