@@ -53,6 +53,7 @@ def tokenize(
     shards: str,
     model: str,
     out: str,
+    embed: str | None = None,
     size: int | None = None,
     batch_size: int = 32,
     resize: Literal["crop", "squash"] = "crop",
@@ -65,6 +66,7 @@ def tokenize(
         shards: folder of image shards.
         model: folder or Hub name of the tokenizer.
         out: folder for the code shards.
+        embed: name or folder of an image encoder whose embedding of each picture is stored too, for global alignment.
         size: side of the square images; without it they are taken as they are.
         batch_size: images encoded at once.
         resize: how images become square.
@@ -73,9 +75,14 @@ def tokenize(
     """
     from tokgen.precompute import tokenize_shards
 
+    encoder = None
+    if embed is not None:
+        from tokgen.encoders.base import load_encoder
+
+        encoder = load_encoder(embed).to(device or _best_device())
     report = tokenize_shards(
         _load(model, "tokenizer", device), shards, out,
-        size=size, batch_size=batch_size, resize=resize, max_samples=max_samples,
+        encoder=encoder, size=size, batch_size=batch_size, resize=resize, max_samples=max_samples,
     )  # fmt: skip
     print(f"{report}; code shards are in {out}")
 
@@ -230,17 +237,48 @@ def check(target: str) -> None:
         raise TokgenError(f"{target} breaks {broken} law(s), listed above")
 
 
-def convert(family: Literal["llamagen-vq"], checkpoint: str, out: str) -> None:
+def convert(
+    family: Literal["llamagen-vq", "llamagen-gpt"],
+    checkpoint: str,
+    out: str,
+    tokenizer: str | None = None,
+    grid: int | None = None,
+    heads: int | None = None,
+    text_encoder: str | None = None,
+    class_names: str | None = None,
+) -> None:
     """Turn a published checkpoint into a model folder, strictly: every tensor is mapped or named as ignored.
 
     Args:
         family: which published layout it has.
         checkpoint: the downloaded .pt or .safetensors file.
         out: folder to write.
+        tokenizer: of a generator: folder of the tokenizer whose codes it draws (converted before), which is recorded.
+        grid: of llamagen-gpt: side of the square of codes, such as 24; taken from published file names without it.
+        heads: of llamagen-gpt: attention heads, for sizes that were not published.
+        text_encoder: of llamagen-gpt by text: Hub name or folder of the T5; the published one without it.
+        class_names: of llamagen-gpt by class: text file of names, one in a line; numbers without it.
     """
+    from tokgen.generators.base import Generator
     from tokgen.importers.llamagen import load_vq
+    from tokgen.importers.llamagen_gpt import load_gpt
 
-    module, report = {"llamagen-vq": load_vq}[family](checkpoint)
+    loader = {"llamagen-vq": load_vq, "llamagen-gpt": load_gpt}[family]
+    options = {"grid": grid, "heads": heads, "text_encoder": text_encoder, "class_names": class_names}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in inspect.signature(loader).parameters:
+            raise InputError(f"--{name} says nothing about {family}; leave it out")
+    if tokenizer is not None and not Path(tokenizer).is_dir():
+        raise InputError(f"no tokenizer folder at {tokenizer}; make it with tokgen convert llamagen-vq")
+    visual = None if tokenizer is None else _load(tokenizer, "tokenizer", "cpu")
+    module, report = loader(checkpoint, **options)
+    if visual is not None:
+        if not isinstance(module, Generator):
+            raise InputError(f"--tokenizer says nothing about {family}; leave it out")
+        module.check_tokenizer(visual)
+        module.tokenizer_fingerprint = visual.fingerprint
+        module.visual_tokenizer = os.path.relpath(tokenizer, out)
     module.save_pretrained(out)
     print(f"{report}\nsaved to {out}")
 

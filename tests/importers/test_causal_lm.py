@@ -150,7 +150,7 @@ def test_files_that_do_not_hold_what_the_configuration_says_are_named(tmp_path):
     path = tmp_path / "model.safetensors"
     weights, ours = load_file(path), generator(tmp_path)
     save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, path)
-    with pytest.raises(CheckpointError, match="does not know: model.layers.0.self_attn.q_proj.bias"):
+    with pytest.raises(CheckpointError, match=r"does not know: model\.layers\.0\.self_attn\.q_proj\.bias"):
         start_from_causal_lm(ours, tmp_path)
     save_file({k: v for k, v in weights.items() if "1.mlp.up_proj" not in k}, path)
     with pytest.raises(CheckpointError, match=r"missing: layers\.1\.feed_forward\.w3\.weight"):

@@ -189,7 +189,13 @@ class T5Features:
     def encode(
         self, prompts: Sequence[str], max_length: int | None = None, pad_to: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features float (B, length, D) and mask bool (B, length), real rows at the end; "" has none but its end id."""
+        """Features float (B, length, D) and mask bool (B, length), real rows at the end; "" has none but its end id.
+
+        Raises:
+            InputError: not a list of strings.
+        """
+        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+            raise InputError("prompts must be a list of strings; wrap a single string as [prompt]")
         self.load()
         prompts = [p.lower() if self.lowercase else p for p in prompts]
         batch = self._tokenizer(

@@ -233,7 +233,7 @@ def _keys(path: Path) -> list[str]:
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118  (not a dict)
+            for key in file.keys():
                 yield key, file.get_tensor(key)
 
 

@@ -170,7 +170,7 @@ def load_gpt(
     """
     state = read_state_dict(path)
     if grid is None and "freqs_cis" not in state:
-        size = re.search(r"_(\d{3,4})$", Path(path).stem)
+        size = re.search(r"_(\d{2,4})$", Path(path).stem)
         if size is None or int(size[1]) % VQ_FACTOR:
             raise ConfigError(
                 f"the side of the code grid is neither in {path} nor in its name (such as c2i_L_384.pt); "
