@@ -39,12 +39,12 @@ def write_images(folder: Path, count: int, seed: int) -> Path:
     return folder
 
 
-def write_codes(folder: Path, count: int, seed: int, fingerprint: str = "f" * 16) -> Path:
+def write_codes(folder: Path, count: int, seed: int, fingerprint: str = "f" * 16, layout: Grid = LAYOUT) -> Path:
     rng = np.random.default_rng(seed)
-    meta = {"tokenizer": fingerprint, "layout": LAYOUT.to_dict(), "codebook_sizes": [CODES]}
+    meta = {"tokenizer": fingerprint, "layout": layout.to_dict(), "codebook_sizes": [CODES]}
     with ShardWriter(folder, kind="codes", max_samples=12, meta=meta) as writer:
         for i in range(count):
-            ids = (rng.integers(0, 4) + np.arange(LAYOUT.length)) % CODES  # each caption's ids can be learned
+            ids = (rng.integers(0, 4) + np.arange(layout.length)) % CODES  # each caption's ids can be learned
             buffer = io.BytesIO()
             np.save(buffer, ids)
             variants = json.dumps({"captions": [f"number {i}"]}).encode()
