@@ -1,4 +1,5 @@
-"""Code shards: the ids of a whole data set, computed once, for generators to train on."""
+"""Code shards: the ids of a whole data set, and embeddings of its pictures if wanted, computed once, for generators to
+train on."""
 
 from __future__ import annotations
 
@@ -6,17 +7,21 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokgen.data.batches import resize_image
-from tokgen.data.decode import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, BadSample, decode_image
+from tokgen.data.decode import EMBEDDING, IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, BadSample, decode_image
 from tokgen.data.shards import Manifest, ShardWriter
 from tokgen.data.tar import RawSample, iter_samples, join, open_bytes
 from tokgen.errors import DataError
 from tokgen.tokenizers.base import VisualTokenizer
+
+if TYPE_CHECKING:
+    from tokgen.encoders.base import ImageEncoder
 
 
 @dataclass
@@ -41,6 +46,7 @@ def tokenize_shards(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    encoder: ImageEncoder | None = None,
     size: int | None = None,
     batch_size: int = 32,
     resize: str = "crop",
@@ -54,13 +60,15 @@ def tokenize_shards(
     Args:
         source: a folder of image shards with a manifest.
         out: folder of the code shards; its manifest names the tokenizer's fingerprint, layout and codebook sizes.
+        encoder: also embeds each picture, from the pixels that the tokenizer sees; float16 `KEY.emb.npy` of shape (D,).
+            The manifest's meta then has "embedding": {"encoder": its name, "dim": D}.
         size: side of the square images; None takes the images as they are (all of one size).
         resize: "crop" or "squash", see `tokgen.data.batches.resize_image`.
         max_samples: samples in a shard, and so the most that an interruption costs.
 
     Raises:
-        DataError: the source is no folder of image shards, holds sizes that do not fit, or `out` was made with another
-            tokenizer.
+        DataError: the source is no folder of image shards, holds sizes that do not fit, an embedding is beyond float16,
+            or `out` was made with another tokenizer or encoder.
     """
     manifest = Manifest.load(source)
     if manifest.kind != "images":
@@ -74,6 +82,9 @@ def tokenize_shards(
         "codebook_sizes": list(tokenizer.codebook_sizes),
         "source": {"folder": Path(source).name, "size": size, "resize": resize},
     }
+    if encoder is not None:
+        encoder = encoder.eval()
+        meta["embedding"] = {"encoder": encoder.name, "dim": encoder.dim}
     small = max(tokenizer.codebook_sizes) <= 2**15
     with ShardWriter(out, kind="codes", meta=meta, max_samples=max_samples, resume=True) as writer:
         report.kept = writer.samples
@@ -85,10 +96,10 @@ def tokenize_shards(
                 )
             batch.append((raw, pixels))
             if len(batch) == batch_size:
-                _write(writer, tokenizer, batch, small, layout, report)
+                _write(writer, tokenizer, encoder, batch, small, layout, report)
                 batch = []
         if batch:
-            _write(writer, tokenizer, batch, small, layout, report)
+            _write(writer, tokenizer, encoder, batch, small, layout, report)
     return report
 
 
@@ -122,15 +133,31 @@ def _images(
                 yield raw, pixels if size is None else resize_image(pixels, size, resize)
 
 
-def _write(writer: ShardWriter, tokenizer: VisualTokenizer, batch, small: bool, layout, report: TokenizeReport) -> None:
+def _write(
+    writer: ShardWriter, tokenizer: VisualTokenizer, encoder, batch, small: bool, layout, report: TokenizeReport
+) -> None:
     sizes = {tuple(pixels.shape) for _, pixels in batch}
     if len(sizes) > 1:
         raise DataError(f"images of different sizes {sorted(sizes)[:3]} in one set; give size= to bring them to one")
-    tokens = tokenizer.encode(torch.stack([pixels for _, pixels in batch]))
+    pictures = torch.stack([pixels for _, pixels in batch])  # (B, 3, H, W)
+    tokens = tokenizer.encode(pictures)
     if tokens.layout != layout:
         raise DataError(f"images of different sizes in one set ({tokens.layout} and {layout}); give size=")
-    for (raw, _), item in zip(batch, tokens.cpu()):
+    embeddings = [None] * len(batch) if encoder is None else _embed(encoder, pictures)
+    for (raw, _), item, embedding in zip(batch, tokens.cpu(), embeddings):
         ids = item.ids[0, : int(item.lengths[0])].numpy()
         members = {"npy": ids.astype(np.int16 if small else np.int32)}
+        if embedding is not None:
+            members[EMBEDDING] = embedding
         writer.write(raw.key, {**members, **{e: raw.members[e] for e in ("txt", "json") if e in raw.members}})
         report.written += 1
+
+
+@torch.no_grad()
+def _embed(encoder: ImageEncoder, pictures: Tensor) -> np.ndarray:
+    embeddings = encoder.embed(pictures).to("cpu", torch.float16).numpy()  # (B, D)
+    if not np.isfinite(embeddings).all():
+        raise DataError(
+            f"encoder {encoder.name} gives embeddings that float16 cannot hold; use one that normalises them"
+        )
+    return embeddings

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokgen.data.decode import (
+    EMBEDDING,
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
     VIDEO_EXTENSIONS,
     BadSample,
     decode_caption,
+    decode_embedding,
     decode_image,
     decode_json,
     decode_npy,
@@ -176,18 +178,20 @@ class CodeSamples:
     """`KEY.npy` with `KEY.txt` -> {"ids": int64 (B, N[, C]), "mask": bool (B, N), "caption": list, "key": list}.
 
     Ragged ids are padded with 0 to the longest of the batch, mask False there; `json["length"]`, when there is one,
-    says how many of the stored ids are real.
+    says how many of the stored ids are real. With `embedding_dim` also {"embedding": float32 (B, D)}, of `KEY.emb.npy`.
 
     Args:
         codebook_sizes: one size for each codebook (or one for all); ids outside make the sample bad.
+        embedding_dim: D of the pictures' embeddings, which every sample must then have; None reads none.
     """
 
     captions: Captions = Captions()
     codebook_sizes: tuple[int, ...] = ()
+    embedding_dim: int | None = None
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        return ("npy", "json", "txt")
+        return ("npy", "json", "txt") if self.embedding_dim is None else ("npy", "json", "txt", EMBEDDING)
 
     def __call__(self, raw: RawSample, rng: random.Random) -> dict[str, Any]:
         caption = self.captions(raw, rng)
@@ -205,7 +209,12 @@ class CodeSamples:
             length = decode_json(raw.members["json"]).get("length", length)
             if not isinstance(length, int) or not 0 < length <= len(ids):
                 raise BadSample("bad codes", f"length {length!r} of {len(ids)} ids")
-        return {"ids": torch.from_numpy(ids), "length": length, "caption": caption, "key": raw.key}
+        item = {"ids": torch.from_numpy(ids), "length": length, "caption": caption, "key": raw.key}
+        if self.embedding_dim is not None:
+            if EMBEDDING not in raw.members:
+                raise BadSample("no embedding")
+            item["embedding"] = decode_embedding(raw.members[EMBEDDING], self.embedding_dim)
+        return item
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         longest = max(len(item["ids"]) for item in items)
@@ -218,7 +227,10 @@ class CodeSamples:
         for row, item in enumerate(items):
             ids[row, : item["length"]] = item["ids"][: item["length"]]
             mask[row, : item["length"]] = True
-        return {"ids": ids, "mask": mask, "caption": [i["caption"] for i in items], "key": [i["key"] for i in items]}
+        batch = {"ids": ids, "mask": mask, "caption": [i["caption"] for i in items], "key": [i["key"] for i in items]}
+        if self.embedding_dim is not None:
+            batch["embedding"] = torch.stack([item["embedding"] for item in items])  # (B, D)
+        return batch
 
 
 @dataclass(frozen=True)

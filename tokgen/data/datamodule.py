@@ -21,7 +21,8 @@ class ShardsDataModule(L.LightningDataModule):
     """Streams shard folders (see `tokgen.data.shards`) into batches. The kind of batch follows from the manifest:
 
     - images: {"pixels": uint8 (B, 3, S, S), "caption": list[str], "key": list[str]}
-    - codes: {"ids": int64 (B, N[, C]), "mask": bool (B, N), "caption": list[str], "key": list[str]}
+    - codes: {"ids": int64 (B, N[, C]), "mask": bool (B, N), "caption": list[str], "key": list[str]}, and
+      "embedding", float32 (B, D), where the shards hold embeddings (`tokgen tokenize --embed`)
     - videos: {"video": list[bytes], "caption": list[str], "key": list[str]}
 
     Validation and test batches also hold "valid", bool (B,): False marks a repeat, which metrics must leave out. Every
@@ -52,7 +53,8 @@ class ShardsDataModule(L.LightningDataModule):
 
     Attributes:
         kind: "images", "codes" or "videos" (after `setup`).
-        meta: the manifest's meta (after `setup`); for codes the tokenizer's fingerprint, layout and codebook sizes.
+        meta: the manifest's meta (after `setup`); for codes the tokenizer's fingerprint, layout and codebook sizes, and
+            "embedding", {"encoder": name, "dim": D}, where all samples have embeddings of one encoder.
     """
 
     def __init__(
@@ -198,7 +200,8 @@ class ShardsDataModule(L.LightningDataModule):
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         if shards.kind == "codes":
-            return CodeSamples(captions, tuple(shards.meta.get("codebook_sizes") or ()))
+            embedding = shards.meta.get("embedding") or {}
+            return CodeSamples(captions, tuple(shards.meta.get("codebook_sizes") or ()), embedding.get("dim"))
         return VideoSamples(captions)
 
     def _loader(self, split: str, train: bool) -> ShardLoader:

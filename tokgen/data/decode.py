@@ -19,7 +19,8 @@ from torch import Tensor
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mov", "mkv")
-EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json", "npy", "cls"))
+EMBEDDING = "emb.npy"  # an image encoder's embedding of the whole picture, float (D,)
+EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json", "npy", "cls", EMBEDDING))
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26  # 67 million: above any camera's picture that is worth training on, 200 MB decoded
@@ -236,6 +237,16 @@ def decode_npy(data: bytes) -> np.ndarray:
         raise BadSample("bad array", str(error)) from error
 
 
+def decode_embedding(data: bytes, dim: int) -> Tensor:
+    """An embedding of `dim` finite numbers as float32 (D,). Raises BadSample("bad array" or "bad embedding")."""
+    array = decode_npy(data)
+    if array.dtype.kind != "f" or array.shape != (dim,):
+        raise BadSample("bad embedding", f"{array.dtype} {array.shape}: floats ({dim},) were expected")
+    if not np.isfinite(array).all():
+        raise BadSample("bad embedding", "not finite")
+    return torch.from_numpy(array.astype(np.float32))
+
+
 def decode_class(data: bytes) -> int:
     """A decimal class number. Raises BadSample("bad class")."""
     try:
@@ -255,4 +266,5 @@ def decode_member(extension: str, data: bytes, max_pixels: int = MAX_PIXELS) -> 
         return decode_image(data, max_pixels)
     if extension in VIDEO_EXTENSIONS:
         return data
-    return {"txt": decode_text, "json": decode_json, "npy": decode_npy, "cls": decode_class}[extension](data)
+    decoders = {"txt": decode_text, "json": decode_json, "npy": decode_npy, EMBEDDING: decode_npy, "cls": decode_class}
+    return decoders[extension](data)

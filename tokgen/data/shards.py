@@ -185,7 +185,7 @@ def _encode(extension: str, value: Any) -> bytes:
         return bytes(value)
     if isinstance(value, str):
         return value.encode("utf-8")
-    if extension == "npy":
+    if extension.rpartition(".")[2] == "npy":  # npy, emb.npy
         file = io.BytesIO()
         np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
         return file.getvalue()
@@ -295,14 +295,16 @@ class ShardWriter:
 
         Args:
             key: any text; dots, slashes and the like become "_", and a number is added to a key already taken.
-            members: extension -> bytes, or str (UTF-8), or an array for "npy", a JSON-able value for "json",
+            members: extension -> bytes, or str (UTF-8), or an array for "npy" (and "emb.npy"), a JSON-able value for "json",
                 an int for "cls".
         """
         if not members:
             raise ValueError(f"Sample {key!r} has no members.")
         for extension in members:
-            if not re.fullmatch(r"[a-z0-9]+", extension):
-                raise ValueError(f"Sample {key!r}: extension {extension!r} must be lower-case letters and digits.")
+            if not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)?", extension):
+                raise ValueError(
+                    f"Sample {key!r}: extension {extension!r} must be lower-case letters and digits, with one dot at most."
+                )
         encoded = {extension: _encode(extension, value) for extension, value in members.items()}
         base = unique = safe_key(key)
         number = 1

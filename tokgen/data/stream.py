@@ -113,6 +113,8 @@ class ShardSet:
         meta = dict(first.meta)
         if not all(manifest.meta.get("captions", True) for manifest in manifests):
             meta["captions"] = False
+        if any(manifest.meta.get("embedding") != meta.get("embedding") for manifest in manifests):
+            meta.pop("embedding", None)  # of some samples only, or not of one encoder: none that could be used
         shards = tuple(
             Shard(name, shard.name, shard.samples, shard.bytes)
             for name, manifest in zip(names, manifests)

@@ -1,4 +1,5 @@
-"""Training a generator on code shards: the next id, given the caption and the ids before it."""
+"""Training a generator: the next id, given the caption and the ids before it; on code shards, or on pictures that are
+tokenized on the fly. Beside it, if asked for, ARRA's global alignment (Xie et al. 2025, arXiv 2503.07334)."""
 
 from __future__ import annotations
 
@@ -10,19 +11,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
-from tokgen.generators.base import GENERATORS, Generator
+from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
 from tokgen.generators.text import SETTINGS, TextTokenizer
+from tokgen.generators.token_shuffle import to_windows
 from tokgen.images import image_grid, write_png
 from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
+from tokgen.losses.alignment import AlignmentProjector, alignment_loss
 from tokgen.pretrained import config_from_dict, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.tokenizers.base import VisualTokenizer
@@ -56,9 +59,49 @@ class Text:
     max_captions: int = 1_000_000
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """ARRA's second objective: states of one block, projected, point where an image encoder's embedding of the picture
+    points (see `tokgen.losses.alignment`). It depends on no other term of the loss, and changes nothing at inference.
+
+    Attributes:
+        weight: lambda, of the term in the loss.
+        block: whose output is aligned, counted from 1. The paper takes the first; late blocks work too, and by its own
+            table 30 of 32 scores better than 1.
+        encoder: name or folder of the image encoder (`tokgen.encoders`). With source "shard" it is only compared with
+            what the shards name, and None takes whichever that is.
+        source: "shard": embeddings that `tokgen tokenize --embed` stored beside the codes; "online": of the pixels of
+            image shards, in training, with the encoder frozen.
+        target: "every" position that predicts codes (the paper's <HYBNEXT>), or the one learned "rep" token before them
+            (its <REP>), which needs config.rep_token.
+        hidden: width inside the projector; None is the embedding's.
+    """
+
+    weight: float = 1.0
+    block: int = 1
+    encoder: str | None = None
+    source: Literal["shard", "online"] = "shard"
+    target: Literal["every", "rep"] = "every"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0 or self.block < 1:
+            raise ConfigError(
+                f"alignment: weight {self.weight} must be above 0 and block {self.block} at least 1; leave alignment out "
+                "to train without it"
+            )
+        for name, known in (("source", ("shard", "online")), ("target", ("every", "rep"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"alignment.{name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.source == "online" and self.encoder is None:
+            raise ConfigError(
+                "alignment.source 'online' needs alignment.encoder, the name or folder of an image encoder"
+            )
+
+
 class GeneratorModule(TrainingModule):
     """A generator, what reads its prompts, and the loss. Layout, codebook sizes and the tokenizer's fingerprint come from
-    the shards.
+    the shards or, for image shards, from `visual_tokenizer` and the data's `image_size`.
 
     Args:
         generator: a name registered in `tokgen.generators` ("llama").
@@ -67,6 +110,8 @@ class GeneratorModule(TrainingModule):
         text: how captions are read.
         visual_tokenizer: folder or Hub name of the tokenizer that made the codes. It is checked against the shards,
             decodes the sample grid, and goes into the published folder. None: no grid, and the folder names none.
+            Given image shards, it makes the codes of every batch, frozen and in float32: slower than code shards, but
+            with the data's augmentations.
         generation: default sampling settings of the published generator (fields of `SamplingSettings`); the sample grid
             uses them.
         schedule, accumulate, clip, max_bad_steps: see `TrainingModule`.
@@ -79,6 +124,8 @@ class GeneratorModule(TrainingModule):
             (see `LlamaGenerator.start_from`).
         init_from_lm: text-only language model to start from, ARRA's start: Hub name or folder of a LLaMA-type model (see
             `tokgen.importers.causal_lm`). Its sizes and text vocabulary are taken; `config` may add to them.
+        alignment: ARRA's global alignment as a further term; its projector is trained along, kept in checkpoints, and
+            neither averaged nor published.
         compile: compile the blocks in place.
     """
 
@@ -103,6 +150,7 @@ class GeneratorModule(TrainingModule):
         max_bad_steps: int = 20,
         init_from: str | None = None,
         init_from_lm: str | None = None,
+        alignment: Alignment | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__(schedule, accumulate, clip, max_bad_steps)
@@ -129,6 +177,13 @@ class GeneratorModule(TrainingModule):
             if not isinstance(loaded, VisualTokenizer):
                 raise ConfigError(f"visual_tokenizer {visual_tokenizer!r} holds a {type(loaded).__name__}")
             self.__dict__["visual_tokenizer"] = loaded
+        self.alignment, self.projector = alignment, None
+        self.__dict__["encoder"] = None  # frozen, and like the tokenizer no submodule
+        if alignment is not None and alignment.source == "online":
+            from tokgen.encoders.base import load_encoder
+
+            self.__dict__["encoder"] = load_encoder(alignment.encoder)
+        self._embeddings: dict[str, Any] = {}  # {"encoder": name, "dim": D} of the alignment's targets
         self._facts: dict[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
 
@@ -161,19 +216,72 @@ class GeneratorModule(TrainingModule):
             return
         data = self.trainer.datamodule
         kind = getattr(data, "kind", "no shards")
-        if kind != "codes":
+        if kind == "codes":
+            meta = data.meta
+            self._facts = {
+                "layout": meta["layout"],
+                "codebook_sizes": tuple(meta["codebook_sizes"]),
+                "tokenizer_fingerprint": meta.get("tokenizer", ""),
+            }
+            if self.visual_tokenizer is not None:
+                self._check_tokenizer(self.visual_tokenizer)
+        elif kind == "images" and self.visual_tokenizer is not None:
+            self._facts = self._facts_of_images(data.image_size)
+        else:
             raise ConfigError(
-                f"GeneratorModule trains on code shards and was given {kind}; make them with `tokgen tokenize`"
+                f"GeneratorModule trains on code shards and was given {kind}; make them with `tokgen tokenize`, or give "
+                "visual_tokenizer to tokenize images in training"
             )
-        meta = data.meta
-        self._facts = {
-            "layout": meta["layout"],
-            "codebook_sizes": tuple(meta["codebook_sizes"]),
-            "tokenizer_fingerprint": meta.get("tokenizer", ""),
-        }
-        if self.visual_tokenizer is not None:
-            self._check_tokenizer(self.visual_tokenizer)
+        if self.alignment is not None:
+            self._embeddings = self._find_embeddings(data)
         self._text = self._make_text(stage)
+
+    def _facts_of_images(self, size: int | None) -> dict[str, Any]:
+        tokenizer = self.visual_tokenizer
+        if size is None or size % tokenizer.factor:
+            raise ConfigError(
+                f"data.image_size is {size}; tokenizing images in training needs a multiple of {tokenizer.factor}"
+            )
+        for frozen in (tokenizer, self.encoder):
+            if frozen is not None:
+                frozen.to(self.trainer.strategy.root_device)
+        return {
+            "layout": tokenizer.encode(torch.zeros(1, 3, size, size)).layout.to_dict(),
+            "codebook_sizes": tuple(tokenizer.codebook_sizes),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+        }
+
+    def _find_embeddings(self, data: Any) -> dict[str, Any]:
+        """Encoder and width of the alignment's targets. Raises ConfigError."""
+        wanted = self.alignment.encoder
+        if self.alignment.source == "online":
+            if data.kind != "images":
+                raise ConfigError(
+                    f"alignment.source 'online' embeds pixels and was given {data.kind}; train on image shards with "
+                    "visual_tokenizer, or store embeddings with `tokgen tokenize --embed` and set source 'shard'"
+                )
+            return {"encoder": wanted, "dim": self.encoder.dim}
+        if data.kind != "codes":
+            raise ConfigError(
+                f"alignment.source 'shard' reads embeddings of code shards and was given {data.kind}; set source "
+                "'online', or train on what `tokgen tokenize --embed` writes"
+            )
+        found: dict[str, Any] = {}
+        for split, shards in data.sets.items():
+            stored = shards.meta.get("embedding")
+            if not stored:
+                raise ConfigError(
+                    f"the {split} shards hold no embeddings, or not all of one encoder, and alignment.source is 'shard'; "
+                    f"write them with `tokgen tokenize … --embed {wanted or 'ENCODER'}`"
+                )
+            if stored["encoder"] != (wanted or found.get("encoder", stored["encoder"])):
+                raise ConfigError(
+                    f"the {split} shards hold embeddings of encoder {stored['encoder']!r}, and "
+                    + (f"alignment.encoder is {wanted!r}" if wanted else f"others those of {found['encoder']!r}")
+                    + "; write them with one encoder (`tokgen tokenize … --embed`) and name that, or none, in the recipe"
+                )
+            found = dict(stored)
+        return found
 
     def _check_tokenizer(self, tokenizer: VisualTokenizer) -> None:
         sizes, fingerprint = self._facts["codebook_sizes"], self._facts["tokenizer_fingerprint"]
@@ -269,6 +377,8 @@ class GeneratorModule(TrainingModule):
                 log.info("started from %s: %s", self.init_from_lm, report)
         generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
         blocks = getattr(generator, "layers", ())
+        if self.alignment is not None:
+            self.projector = self._make_projector(generator, len(blocks))
         if self.compile_blocks:
             for block in blocks:
                 block.compile()
@@ -285,7 +395,18 @@ class GeneratorModule(TrainingModule):
                 fully_shard(block, mesh=mesh)
             # else the embeddings stay gathered after validation, and EMA and export would find them so
             fully_shard(generator, mesh=mesh, reshard_after_forward=True)
+            if self.projector is not None:
+                fully_shard(self.projector, mesh=mesh)
         self.generator = generator
+
+    def _make_projector(self, generator: Generator, blocks: int) -> AlignmentProjector:
+        if self.alignment.block > blocks:
+            raise ConfigError(
+                f"alignment.block {self.alignment.block}; the generator has {blocks} blocks, counted from 1"
+            )
+        if self.alignment.target == "rep" and not generator.config.rep_token:
+            raise ConfigError("alignment.target 'rep' aligns the <REP> token; set config.rep_token: true")
+        return AlignmentProjector(generator.config.dim, self._embeddings["dim"], self.alignment.hidden)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -295,6 +416,7 @@ class GeneratorModule(TrainingModule):
             **super().describe(),
             "generator": {"type": self.kind, "config": config},
             "tokenizer": self._facts.get("tokenizer_fingerprint", ""),
+            "alignment": None if self.alignment is None else {**dataclasses.asdict(self.alignment), **self._embeddings},
             **self.weights,
         }
 
@@ -322,18 +444,72 @@ class GeneratorModule(TrainingModule):
                 f"the checkpoint has a text embedding of {tuple(shape.shape)}, the configuration one of "
                 f"{tuple(own.weight.shape)}; use the settings it was trained with"
             )
+        if "state_dict" in checkpoint:
+            self._check_projector(checkpoint["state_dict"], about.get("config", {}).get("alignment") or {})
+
+    def _check_projector(self, state: dict[str, Tensor], made_for: dict[str, Any]) -> None:
+        saved = state.get("projector.fc2.weight")
+        if (saved is None) != (self.projector is None):
+            had, has = ("without", "with") if saved is None else ("with", "without")
+            raise CheckpointError(
+                f"the checkpoint was trained {had} alignment and this run is {has} it; use the settings it was trained "
+                "with, or start from its published generator by init_from"
+            )
+        if saved is not None and saved.shape != self.projector.fc2.weight.shape:
+            raise CheckpointError(
+                f"the checkpoint's alignment projector gives {len(saved)} channels, the embeddings have "
+                f"{self._embeddings['dim']}; use the encoder it was trained with"
+            )
+        if made_for and made_for.get("encoder") != self._embeddings.get("encoder"):
+            log.warning(
+                "the checkpoint was aligned to encoder %s, now it is %s",
+                made_for.get("encoder"),
+                self._embeddings["encoder"],
+            )
 
     def configure_optimizers(self) -> list[Optimizer]:
-        return self.adopt(self.make_optimizer(decay_groups(self.generator)))
+        trained = nn.ModuleList(m for m in (self.generator, self.projector) if m is not None)
+        return self.adopt(self.make_optimizer(decay_groups(trained)))
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of image shards as one of code shards, ids and embeddings of the same pixels; others as they are.
+
+        Without autocast, so that the codes are those that `tokgen tokenize` writes.
+        """
+        if "pixels" not in batch:
+            return batch
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens = self.visual_tokenizer.encode(batch["pixels"])
+            made = {"ids": tokens.ids, "mask": tokens.mask}
+            if self.encoder is not None:
+                made["embedding"] = self.encoder.embed(batch["pixels"])
+        return {**batch, **made}
+
+    def loss(self, batch: dict[str, Any], **weights: float) -> GeneratorOutput:
+        """The generator's loss on a batch of codes and, if there is alignment, that as one more term."""
+        if self.alignment is None:
+            return self.generator.loss(batch, **weights)
+        output = self.generator.loss(batch, hidden_of=self.alignment.block, **weights)
+        states = output.hidden  # (B, S, dim)
+        codebooks = batch["mask"][..., None].expand(-1, -1, len(self.generator.codebook_sizes))  # (B, N, C)
+        mask = to_windows(codebooks, self.generator.order).any(-1)  # (B, S), steps that predict a code which counts
+        if self.alignment.target == "rep":  # the first step is predicted from it
+            states, mask = states[:, :1], mask.any(1, keepdim=True)
+        distance = alignment_loss(self.projector(states), batch["embedding"], mask)
+        output.losses["alignment"] = self.alignment.weight * distance
+        output.loss = output.loss + output.losses["alignment"]
+        output.stats["alignment_cosine"] = 1 - distance.detach()
+        return output
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         optimizer = self.optimizers()
+        batch = self.with_codes(batch)
         completes = self.begin([self.generator])
         logs = completes and self.should_log
         with optimizer.toggle_model(sync_grad=completes):
-            output = self.generator.loss(batch, **self.weights)
+            output = self.loss(batch, **self.weights)
             self.manual_backward(output.loss / self.accumulate)
         rate = self.rate(batch["ids"].numel())
         if not completes:
@@ -351,18 +527,21 @@ class GeneratorModule(TrainingModule):
     # -- validation ---------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = {
-            k: torch.zeros((), dtype=torch.float64, device=self.device) for k in ("codes", "loss", "accuracy")
-        }
+        names = ["codes", "loss", "accuracy", *(["items", "alignment_cosine"] if self.alignment is not None else [])]
+        self._sums = {k: torch.zeros((), dtype=torch.float64, device=self.device) for k in names}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Cross-entropy per code without smoothing, on captions as they are."""
+        """Cross-entropy per code without smoothing, on captions as they are; beside it the alignment per picture."""
+        batch = self.with_codes(batch)
         mask = batch["mask"]
         if batch.get("valid") is not None:
             mask = mask & batch["valid"].bool()[:, None]
         codes = mask.sum().double() * len(self.generator.codebook_sizes)
-        output = self.generator.loss({**batch, "mask": mask})
+        output = self.loss({**batch, "mask": mask})
         sums = {"codes": codes, "loss": codes * output.losses["ce"], "accuracy": codes * output.stats["accuracy"]}
+        if self.alignment is not None:
+            items = mask.any(1).sum().double()
+            sums |= {"items": items, "alignment_cosine": items * output.stats["alignment_cosine"]}
         for name, value in sums.items():
             # a batch of repeats alone has no codes, and no mean either
             self._sums[name] += torch.nan_to_num(value.double()) if name != "codes" else value
@@ -370,8 +549,11 @@ class GeneratorModule(TrainingModule):
     def on_validation_epoch_end(self) -> None:
         totals = dict(zip(self._sums, sum_over_ranks(torch.stack(list(self._sums.values())))))
         codes = totals.pop("codes").clamp(min=1)
-        metrics = {f"val/{k}": v / codes for k, v in totals.items()}
+        metrics = {f"val/{k}": totals[k] / codes for k in ("loss", "accuracy")}
         metrics["val/bits_per_code"] = metrics["val/loss"] / math.log(2)
+        if self.alignment is not None:
+            metrics["val/alignment_cosine"] = totals["alignment_cosine"] / totals["items"].clamp(min=1)
+            metrics["val/alignment"] = self.alignment.weight * (1 - metrics["val/alignment_cosine"])
         self.report(metrics, bar=["val/loss"])
 
     test_step = validation_step
