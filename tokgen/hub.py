@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tokgen.encoders.base import ENCODERS
 from tokgen.errors import CheckpointError
 from tokgen.generators.base import GENERATORS
 from tokgen.pretrained import CONFIG, Pretrained, read_config, resolve
@@ -13,7 +14,7 @@ from tokgen.tokenizers.base import TOKENIZERS
 
 
 def load(path_or_repo: str | os.PathLike[str], revision: str | None = None, device: str | None = None) -> Any:
-    """The tokenizer or generator of a folder or a Hub repository ('owner/name'), in eval mode.
+    """The tokenizer, generator or encoder of a folder or a Hub repository ('owner/name'), in eval mode.
 
     Args:
         revision: branch, tag or commit of a Hub repository.
@@ -24,11 +25,11 @@ def load(path_or_repo: str | os.PathLike[str], revision: str | None = None, devi
     """
     folder = resolve(path_or_repo, revision)
     name = read_config(folder).get("type")
-    for registry in (TOKENIZERS, GENERATORS):
+    for registry in (TOKENIZERS, GENERATORS, ENCODERS):
         if name in registry:
             module = registry[name].from_pretrained(folder)
             return module if device is None else module.to(device)
-    known = ", ".join([*TOKENIZERS.names(), *GENERATORS.names()])
+    known = ", ".join([*TOKENIZERS.names(), *GENERATORS.names(), *ENCODERS.names()])
     raise CheckpointError(f"{folder / CONFIG} is of type {name!r}, which this version does not know; it knows {known}")
 
 

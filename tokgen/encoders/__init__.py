@@ -1,0 +1,1 @@
+"""Frozen networks that see pictures: teachers, yardsticks and feature spaces."""
