@@ -66,7 +66,8 @@ def tokenize(
         shards: folder of image shards.
         model: folder or Hub name of the tokenizer.
         out: folder for the code shards.
-        embed: name or folder of an image encoder whose embedding of each picture is stored too, for global alignment.
+        embed: image encoder whose embedding of each picture is stored too, for global alignment (ARRA): a folder, or a
+            name such as "transformers:openai/clip-vit-large-patch14".
         size: side of the square images; without it they are taken as they are.
         batch_size: images encoded at once.
         resize: how images become square.
@@ -82,7 +83,7 @@ def tokenize(
         encoder = load_encoder(embed).to(device or _best_device())
     report = tokenize_shards(
         _load(model, "tokenizer", device), shards, out,
-        encoder=encoder, size=size, batch_size=batch_size, resize=resize, max_samples=max_samples,
+        encoder=encoder, encoder_from=embed, size=size, batch_size=batch_size, resize=resize, max_samples=max_samples,
     )  # fmt: skip
     print(f"{report}; code shards are in {out}")
 

@@ -47,6 +47,7 @@ def tokenize_shards(
     out: str | os.PathLike[str],
     *,
     encoder: ImageEncoder | None = None,
+    encoder_from: str | None = None,
     size: int | None = None,
     batch_size: int = 32,
     resize: str = "crop",
@@ -61,7 +62,8 @@ def tokenize_shards(
         source: a folder of image shards with a manifest.
         out: folder of the code shards; its manifest names the tokenizer's fingerprint, layout and codebook sizes.
         encoder: also embeds each picture, from the pixels that the tokenizer sees; float16 `KEY.emb.npy` of shape (D,).
-            The manifest's meta then has "embedding": {"encoder": its name, "dim": D}.
+            The manifest's meta then has "embedding": {"encoder": `encoder_from`, "name": its name, "dim": D}.
+        encoder_from: what `load_encoder` made it from, as recipes write it; None takes its name.
         size: side of the square images; None takes the images as they are (all of one size).
         resize: "crop" or "squash", see `tokgen.data.batches.resize_image`.
         max_samples: samples in a shard, and so the most that an interruption costs.
@@ -84,7 +86,7 @@ def tokenize_shards(
     }
     if encoder is not None:
         encoder = encoder.eval()
-        meta["embedding"] = {"encoder": encoder.name, "dim": encoder.dim}
+        meta["embedding"] = {"encoder": encoder_from or encoder.name, "name": encoder.name, "dim": encoder.dim}
     small = max(tokenizer.codebook_sizes) <= 2**15
     with ShardWriter(out, kind="codes", meta=meta, max_samples=max_samples, resume=True) as writer:
         report.kept = writer.samples

@@ -54,7 +54,7 @@ class ShardsDataModule(L.LightningDataModule):
     Attributes:
         kind: "images", "codes" or "videos" (after `setup`).
         meta: the manifest's meta (after `setup`); for codes the tokenizer's fingerprint, layout and codebook sizes, and
-            "embedding", {"encoder": name, "dim": D}, where all samples have embeddings of one encoder.
+            "embedding", {"encoder": what made them, "dim": D, …}, where all samples have embeddings of one encoder.
     """
 
     def __init__(

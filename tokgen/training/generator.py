@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from tokgen.encoders.base import load_encoder
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
 from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
@@ -68,8 +69,8 @@ class Alignment:
         weight: lambda, of the term in the loss.
         block: whose output is aligned, counted from 1. The paper takes the first; late blocks work too, and by its own
             table 30 of 32 scores better than 1.
-        encoder: name or folder of the image encoder (`tokgen.encoders`). With source "shard" it is only compared with
-            what the shards name, and None takes whichever that is.
+        encoder: name or folder of the image encoder, as `tokgen.encoders.base.load_encoder` takes it. With source "shard"
+            it is only compared with what the shards name, and None takes whichever that is.
         source: "shard": embeddings that `tokgen tokenize --embed` stored beside the codes; "online": of the pixels of
             image shards, in training, with the encoder frozen.
         target: "every" position that predicts codes (the paper's <HYBNEXT>), or the one learned "rep" token before them
@@ -180,10 +181,9 @@ class GeneratorModule(TrainingModule):
         self.alignment, self.projector = alignment, None
         self.__dict__["encoder"] = None  # frozen, and like the tokenizer no submodule
         if alignment is not None and alignment.source == "online":
-            from tokgen.encoders.base import load_encoder
-
-            self.__dict__["encoder"] = load_encoder(alignment.encoder)
-        self._embeddings: dict[str, Any] = {}  # {"encoder": name, "dim": D} of the alignment's targets
+            with torch.random.fork_rng(devices=[]):  # so that the generator starts as it would without
+                self.__dict__["encoder"] = load_encoder(alignment.encoder)
+        self._embeddings: dict[str, Any] = {}  # the targets' encoder, its name in full, and their width "dim"
         self._facts: dict[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
 
@@ -260,7 +260,7 @@ class GeneratorModule(TrainingModule):
                     f"alignment.source 'online' embeds pixels and was given {data.kind}; train on image shards with "
                     "visual_tokenizer, or store embeddings with `tokgen tokenize --embed` and set source 'shard'"
                 )
-            return {"encoder": wanted, "dim": self.encoder.dim}
+            return {"encoder": wanted, "name": self.encoder.name, "dim": self.encoder.dim}
         if data.kind != "codes":
             raise ConfigError(
                 f"alignment.source 'shard' reads embeddings of code shards and was given {data.kind}; set source "
@@ -274,10 +274,10 @@ class GeneratorModule(TrainingModule):
                     f"the {split} shards hold no embeddings, or not all of one encoder, and alignment.source is 'shard'; "
                     f"write them with `tokgen tokenize … --embed {wanted or 'ENCODER'}`"
                 )
-            if stored["encoder"] != (wanted or found.get("encoder", stored["encoder"])):
+            if wanted not in (None, stored["encoder"], stored["name"]) or stored != (found or stored):
                 raise ConfigError(
                     f"the {split} shards hold embeddings of encoder {stored['encoder']!r}, and "
-                    + (f"alignment.encoder is {wanted!r}" if wanted else f"others those of {found['encoder']!r}")
+                    + (f"others those of {found['encoder']!r}" if found else f"alignment.encoder is {wanted!r}")
                     + "; write them with one encoder (`tokgen tokenize … --embed`) and name that, or none, in the recipe"
                 )
             found = dict(stored)
@@ -460,11 +460,9 @@ class GeneratorModule(TrainingModule):
                 f"the checkpoint's alignment projector gives {len(saved)} channels, the embeddings have "
                 f"{self._embeddings['dim']}; use the encoder it was trained with"
             )
-        if made_for and made_for.get("encoder") != self._embeddings.get("encoder"):
+        if made_for and made_for["name"] != self._embeddings["name"]:
             log.warning(
-                "the checkpoint was aligned to encoder %s, now it is %s",
-                made_for.get("encoder"),
-                self._embeddings["encoder"],
+                "the checkpoint was aligned to %s, this run is to %s", made_for["name"], self._embeddings["name"]
             )
 
     def configure_optimizers(self) -> list[Optimizer]:
