@@ -54,7 +54,7 @@ def drawing(pipeline: TextToImagePipeline, pictures: Path) -> None:
     kept = torch.cat(
         [to_uint8(pipeline.tokenizer.decode(pipeline.tokenizer.encode(part))) for part in train.split(256)]
     )
-    for name in ("mobilenet", "pixels"):
+    for name in (str(HERE / "teacher"), "pixels"):
         space = feature_space(name)
         ceiling = evaluate_retrieval(kept, references, torch.arange(len(train)), space)
         recall = evaluate_retrieval(drawn, references, torch.arange(len(train)), space)

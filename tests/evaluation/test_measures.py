@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tokgen.errors import InputError
+from tokgen.errors import CheckpointError, InputError
+from tokgen.evaluation.frechet import frechet_distance, frechet_from_features, frechet_from_statistics
 from tokgen.evaluation.reconstruction import evaluate_reconstruction, read_pictures
 from tokgen.evaluation.retrieval import evaluate_retrieval, feature_space
 from tokgen.tokens import Grid, Tokens
@@ -73,5 +74,38 @@ def test_an_exact_copy_of_the_target_counts_as_the_target():
 
 
 def test_unknown_space_is_refused():
-    with pytest.raises(InputError, match="unknown feature space 'clip'"):
+    with pytest.raises(CheckpointError, match="no model folder at 'clip'"):
         feature_space("clip")
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    # commuting covariances: |m|^2 + sum (sqrt a - sqrt b)^2 over their common directions
+    a, b = torch.tensor([4.0, 1.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 2.25, 0.0])  # two of them are singular
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    covs = [turn @ torch.diag(x.double()) @ turn.T for x in (a, b)]
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0])
+    expected = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    got = frechet_from_statistics(torch.zeros(4), covs[0], shift, covs[1])
+    assert got == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_frechet_distance_of_general_gaussians_is_the_trace_of_the_root():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(50, 5, generator=generator, dtype=torch.float64) @ torch.randn(5, 5, generator=generator).double()
+        for _ in range(2)
+    )
+    got = frechet_from_features(a, b)
+    # eigenvalues of the product are those of the symmetrised one
+    root = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * root
+    assert got == pytest.approx(expected.item(), rel=1e-8)
+    assert frechet_from_features(a, a) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(InputError, match="at least 2 rows"):
+        frechet_from_features(a[:1], b)
+
+
+def test_frechet_distance_of_pictures_grows_with_noise():
+    space, pictures = feature_space("pixels"), torch.rand(64, 3, 16, 16)
+    noisy = [frechet_distance(pictures + s * torch.randn_like(pictures), pictures, space) for s in (0.01, 0.3, 3.0)]
+    assert 0 <= noisy[0] < noisy[1] < noisy[2]

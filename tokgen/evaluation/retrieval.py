@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokgen.errors import InputError
+from tokgen.errors import CheckpointError
 
 
 @dataclass
@@ -40,27 +40,30 @@ def feature_space(name: str = "auto") -> tuple[str, Callable[[Tensor], Tensor]]:
     """(description, function) of a feature space; the function maps pixels (B, 3, H, W) in [0, 1] to (B, D).
 
     Args:
-        name: "mobilenet" (ImageNet MobileNetV2, pooled features), "pixels" (see `pixel_features`), or "auto": the first
-            where its weights are at hand, else the second.
+        name: "pixels" (see `pixel_features`), whatever `tokgen.encoders.base.load_encoder` takes ("mobilenet", "timm:…", a
+            folder), or "auto": "mobilenet" where its weights are at hand, else "pixels".
 
     Raises:
-        InputError: an unknown name. CheckpointError: "mobilenet" without its weights.
+        CheckpointError, MissingDependency: as `load_encoder`.
     """
-    from tokgen.errors import CheckpointError
+    from tokgen.encoders.base import load_encoder
 
     if name == "pixels":
         return "16 x 16 pixels, cosine", pixel_features
-    if name not in ("mobilenet", "auto"):
-        raise InputError(f"unknown feature space {name!r}; expected mobilenet, pixels or auto")
     try:
-        from tokgen.losses.mobilenet import MobileNetFeatures
-
-        features = MobileNetFeatures()
+        encoder = load_encoder("mobilenet" if name == "auto" else name)
     except CheckpointError:
         if name == "auto":
             return feature_space("pixels")
         raise
-    return "ImageNet MobileNetV2 pooled features (1280-d), cosine", features.embed
+    return f"{encoder.name} ({encoder.dim}-d), cosine", encoder.embed
+
+
+@torch.no_grad()
+def embed_pictures(pixels: Tensor, space: tuple[str, Callable[[Tensor], Tensor]], batch_size: int = 128) -> Tensor:
+    """Features of unit length, float (N, D), of pictures uint8 or float in [0, 1], (N, 3, H, W)."""
+    parts = (p.float() / 255 if p.dtype == torch.uint8 else p.float() for p in pixels.split(batch_size))
+    return F.normalize(torch.cat([space[1](p) for p in parts]), dim=1)
 
 
 @torch.no_grad()
@@ -78,14 +81,8 @@ def evaluate_retrieval(
         references: uint8 or float (M, 3, H, W), all pictures a drawn one could be taken for.
         targets: int64 (N,), which reference each drawn picture was asked to be. Exact copies of it count as it.
     """
-    description, embed = space
-
-    def features(pixels: Tensor) -> Tensor:
-        parts = (p.float() / 255 if p.dtype == torch.uint8 else p.float() for p in pixels.split(batch_size))
-        return F.normalize(torch.cat([embed(p) for p in parts]), dim=1)
-
-    reference = features(references)
-    similarity = features(drawn) @ reference.T  # (N, M)
+    reference = embed_pictures(references, space, batch_size)
+    similarity = embed_pictures(drawn, space, batch_size) @ reference.T  # (N, M)
     order = similarity.topk(min(5, len(references)), dim=1).indices  # (N, 5)
     # a reference that looks exactly like the target is the target (some names share one picture)
     twin = (reference[order] * reference[targets][:, None]).sum(-1) > 1 - 1e-6  # (N, 5)
@@ -94,6 +91,6 @@ def evaluate_retrieval(
         hit[:, 0].double().mean().item(),
         hit.any(1).double().mean().item(),
         1 / len(references),
-        description,
+        space[0],
         order[:, 0],
     )

@@ -1,0 +1,72 @@
+"""The contrastive loss against its formula, and over two ranks against one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokgen.losses.contrastive import contrastive_loss
+
+BATCH, DIM = 6, 5
+SCALE = torch.tensor(7.0)
+GROUPS = torch.tensor([0, 1, 2, 0, 3, 1])
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, DIM, generator=generator) for _ in range(2)]
+
+
+def test_it_is_the_symmetric_cross_entropy():
+    images, texts = rows()
+    logits = 7 * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    own = torch.arange(BATCH)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    assert torch.allclose(contrastive_loss(images, texts, SCALE), expected, atol=1e-6)
+
+
+def test_equal_captions_are_no_negatives():
+    images, texts = rows()
+    texts[3], texts[5] = texts[0], texts[1]
+    images[3], images[5] = images[0], images[1]
+    apart = torch.eye(DIM)[[0, 1, 2, 0, 3, 1]]
+    # with pairs of twins told apart perfectly, what is left is choosing evenly between twins
+    loss = contrastive_loss(apart, apart, torch.tensor(100.0), GROUPS)
+    assert loss.item() == pytest.approx((4 * torch.tensor(2.0).log() / 6).item(), abs=1e-4)
+    # and the gradient does not push twins apart
+    x = apart.clone().requires_grad_()
+    contrastive_loss(x, apart, torch.tensor(100.0), GROUPS).backward()
+    assert x.grad.abs().max() < 1e-4
+
+
+def test_embeddings_of_half_precision_are_compared_in_full():
+    images, texts = rows()
+    loss = contrastive_loss(images.bfloat16(), texts.bfloat16(), SCALE)
+    assert loss.dtype == torch.float32
+
+
+def work(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {}
+    for name, groups in (("plain", None), ("groups", GROUPS)):
+        images, texts = (x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in rows())
+        loss = contrastive_loss(images, texts, SCALE, None if groups is None else groups[3 * rank : 3 * rank + 3])
+        loss.backward()
+        results[name] = loss.detach(), images.grad, texts.grad
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
+    for name, groups in (("plain", None), ("groups", GROUPS)):
+        images, texts = (x.clone().requires_grad_() for x in rows())
+        loss = contrastive_loss(images, texts, SCALE, groups)
+        loss.backward()
+        parts = [r[name] for r in ranks]
+        assert torch.allclose((parts[0][0] + parts[1][0]) / 2, loss.detach(), atol=1e-6)
+        # data-parallel training averages gradients of weights over ranks: half of each rank's sum
+        for k, expected in ((1, images.grad), (2, texts.grad)):
+            assert torch.allclose(torch.cat([p[k] for p in parts]) / 2, expected, atol=1e-6)

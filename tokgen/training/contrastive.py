@@ -1,0 +1,181 @@
+"""Training an image-text contrastive model: a teacher and feature space of one's own (CLIP, arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
+from tokgen.errors import ConfigError
+from tokgen.generators.conditions import dump_prompts, undump_prompts
+from tokgen.generators.text import TextTokenizer
+from tokgen.losses.contrastive import contrastive_loss
+from tokgen.pretrained import config_from_dict
+from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
+from tokgen.training.generator import Text, training_captions
+
+
+class ContrastiveModule(TrainingModule):
+    """A picture tower, a text tower and their text vocabulary, trained on image shards with captions.
+
+    Args:
+        config: fields of `ContrastiveConfig`, without `text_vocab`, which follows from `text`.
+        text: the vocabulary, learned from the training captions or taken from a folder or Hub name.
+        noise: standard deviation of Gaussian noise on training pixels in [0, 1], drawn up to this much for each picture,
+            so that the space does not hang on fine detail that a tokenizer loses.
+        schedule, accumulate, clip, max_bad_steps: see `TrainingModule`. `accumulate` averages losses of small batches and
+            does not make more negatives.
+        optimizer: makes the optimizer from parameter groups; norms and other vectors are not decayed.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/image_to_text", "max")
+    ema_modules: ClassVar[tuple[str, ...]] = ("encoder",)
+    export_name: ClassVar[str] = "encoder"
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        text: Text = Text(),  # noqa: B008  (frozen)
+        noise: float = 0.0,
+        schedule: Schedule = Schedule(warmup_steps=1000),  # noqa: B008  (frozen)
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.2, fused=True),
+        accumulate: int = 1,
+        clip: float | None = 1.0,
+        max_bad_steps: int = 20,
+    ) -> None:
+        super().__init__(schedule, accumulate, clip, max_bad_steps)
+        if "text_vocab" in (config or {}):
+            raise ConfigError("config.text_vocab comes from text; leave it out")
+        self.sizes, self.text, self.noise, self.make_optimizer = dict(config or {}), text, noise, optimizer
+        self.encoder: ContrastiveEncoder | None = None
+        self._text: TextTokenizer | None = None
+        self._embedded: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    # -- building, once the data is known -----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if self.encoder is not None or self._text is not None:
+            return
+        data = self.trainer.datamodule
+        if data.kind != "images":
+            raise ConfigError(f"ContrastiveModule trains on image shards with captions and was given {data.kind}")
+        if self.text.path is not None:
+            self._text = TextTokenizer.from_name(self.text.path, lowercase=self.text.lowercase)
+        elif stage == "fit":
+            made: list[str] = []
+            if self.trainer.is_global_zero:
+                captions = training_captions(data, self.text.max_captions)
+                made = dump_prompts(
+                    TextTokenizer.train(
+                        captions, self.text.vocab_size, self.text.special_words, lowercase=self.text.lowercase
+                    )
+                )
+            self._text = undump_prompts(self.trainer.strategy.broadcast(made))
+
+    def configure_model(self) -> None:
+        if self.encoder is None:
+            vocabulary = self.text.vocab_size if self.text.path is None else self._text.vocab_size
+            config = config_from_dict(ContrastiveConfig, {**self.sizes, "text_vocab": vocabulary}, "config")
+            self.encoder = ContrastiveEncoder(config, self._text)
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return self.adopt(self.make_optimizer(decay_groups(self.encoder)))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        config = None if self.encoder is None else asdict(self.encoder.config)
+        return {**super().describe(), "encoder": config, "noise": self.noise}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tokgen"]["text"] = dump_prompts(self.encoder.text)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's text vocabulary: one learned again from changed shards would mean other words."""
+        self.encoder.text = undump_prompts(checkpoint["tokgen"]["text"])
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def embed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, D), captions (B, D), and a number (B,) for each caption, equal where captions are."""
+        pixels = batch["pixels"]
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.float() / 255
+        if self.training and self.noise:
+            strength = self.noise * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+            pixels = (pixels + strength * torch.randn_like(pixels)).clamp(0, 1)
+        groups = torch.tensor([zlib.crc32(c.encode()) for c in batch["caption"]], device=pixels.device)
+        return self.encoder.embed(pixels), self.encoder.encode_text(batch["caption"]), groups
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        completes = self.begin([self.encoder])
+        logs = completes and self.should_log
+        with optimizer.toggle_model(sync_grad=completes):
+            images, texts, groups = self.embed(batch)
+            loss = contrastive_loss(images, texts, self.encoder.scale, groups)
+            self.manual_backward(loss / self.accumulate)
+        rate = self.rate(len(images))
+        if not completes:
+            self.finish(False)
+            return
+        good, norm = self.update(optimizer, 0, [loss], [self.encoder])
+        metrics = {"loss": loss, "scale": self.encoder.scale, "grad_norm": norm, "lr": self.learning_rate()}
+        metrics["skipped_steps"] = self._skipped
+        if rate is not None:
+            metrics["samples_per_second"] = rate
+        self.finish(good)
+        if logs:
+            self.record_training(metrics, bar=["train/loss"])
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._embedded = []
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        rows = self.embed(batch)
+        valid = batch.get("valid")
+        keep = slice(None) if valid is None else valid.bool().to(rows[0].device)
+        self._embedded.append(tuple(r[keep] for r in rows))
+
+    def on_validation_epoch_end(self) -> None:
+        """How often the nearest caption of a picture is its own, and the other way round, among all of the split."""
+        images, texts, groups = (torch.cat(parts) for parts in zip(*self._embedded))
+        if self.trainer.world_size > 1:
+            images, texts, groups = (_from_all_ranks(x) for x in (images, texts, groups))
+        self._embedded = []
+        similarity = F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
+        to_text = groups[similarity.argmax(1)] == groups
+        to_image = groups[similarity.argmax(0)] == groups
+        self.report(
+            {
+                "val/image_to_text": to_text.float().mean(),
+                "val/text_to_image": to_image.float().mean(),
+                "val/pairs": len(images),
+            },
+            bar=["val/image_to_text"],
+        )
+
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def export(self, folder: Path, write: bool) -> None:
+        if write:
+            self.encoder.save_pretrained(folder)
+
+
+def _from_all_ranks(x: Tensor) -> Tensor:
+    """Rows of all ranks, of which each may have another number."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, x.cpu())
+    return torch.cat(parts).to(x.device)
