@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from tokgen.generators.llama import LlamaConfig, LlamaGenerator
 from tokgen.tokenizers.vqgan import VQGAN, VQGANConfig
 from tokgen.training.lightning_cli import TokgenLightningCLI
 
@@ -45,8 +46,9 @@ def test_recipe_parses_with_machine(recipe, machine):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda f: f.stem)
 def test_recipe_has_a_card(recipe):
-    card = recipe.with_name(recipe.stem.removesuffix("-tiny") + ".md")
-    assert f"`{recipe.name}`" in card.read_text()
+    # one card for all sizes and stages: token-shuffle-512.yaml is described in token-shuffle.md
+    cards = [f for f in recipe.parent.glob("*.md") if f"{recipe.stem}-".startswith(f"{f.stem}-")]
+    assert any(f"`{recipe.name}`" in card.read_text() for card in cards)
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("tokenizers/vqgan*.yaml")), ids=lambda f: f.stem)
@@ -58,18 +60,44 @@ def test_tokenizer_recipe_builds(recipe):
         assert tokenizer.config == VQGANConfig()
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("generators/*.yaml")), ids=lambda f: f.stem)
-def test_generator_recipe_has_its_size(recipe):
-    from tokgen.generators.llama import LlamaConfig, LlamaGenerator
+# side of the grid of codes, and parameters from … to; others are tiny
+SIZES = {
+    "llama": (16, 0.77e9, 0.85e9),
+    "llamagen-b-c2i": (16, 110_888_448, 110_888_448),
+    "llamagen-t2i": (16, 777.6e6, 777.8e6),
+    "token-shuffle-512": (32, 2.6e9, 2.9e9),
+    "token-shuffle-1024": (64, 2.6e9, 2.9e9),
+    "token-shuffle-2048": (128, 2.6e9, 2.9e9),
+}
 
-    sizes = {"llama": (0.77e9, 0.85e9), "token-shuffle": (2.6e9, 3.2e9)}.get(recipe.stem, (2e6, 2e7))
-    side = {"token-shuffle": 64, "llama": 16}.get(recipe.stem, 8)
+
+def build(recipe: Path) -> LlamaGenerator:
+    """The recipe's generator without memory, with classes and text encoder as the paper has them."""
+    side = SIZES.get(recipe.stem, (8,))[0]
     arguments = yaml.safe_load(recipe.read_text())["model"]["init_args"]
-    vocabulary = arguments["text"].get("vocab_size", 128_256)
+    vocabulary = arguments.get("text", {}).get("vocab_size", 128_256)
     layout = {"kind": "Grid", "h": side, "w": side}
     with torch.device("meta"):
-        generator = LlamaGenerator(
+        return LlamaGenerator(
             LlamaConfig(layout=layout, codebook_sizes=(16384,), text_vocab=vocabulary, **arguments["config"])
         )
-    parameters = sum(p.numel() for p in generator.parameters())
-    assert sizes[0] < parameters < sizes[1], f"{parameters:,}"
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("generators/*.yaml")), ids=lambda f: f.stem)
+def test_generator_recipe_has_its_size(recipe):
+    parameters = sum(p.numel() for p in build(recipe).parameters())
+    low, high = SIZES.get(recipe.stem, (8, 2e6, 2e7))[1:]
+    assert low <= parameters <= high, f"{parameters:,}"
+
+
+def test_each_stage_of_token_shuffle_starts_from_the_one_before():
+    stages = [ROOT / f"generators/token-shuffle-{size}.yaml" for size in (512, 1024, 2048)]
+    windows = {"shuffle", "unshuffle"}
+    for before, stage, new in zip(stages, stages[1:], (windows, set())):
+        arguments = yaml.safe_load(stage.read_text())["model"]["init_args"]
+        assert arguments["init_from"] == f"runs/{before.stem}/generator"  # where that recipe's run publishes
+        fresh = build(stage).start_from(build(before))
+        assert {name.split(".")[0] for name in fresh} == new
+    settings = [yaml.safe_load(f.read_text())["model"]["init_args"] for f in stages]
+    assert [s.get("z_loss", 0.0) for s in settings] == [0.0, 0.0, 1e-5]
+    assert [s["config"]["window"] for s in settings] == [1, 2, 2]
