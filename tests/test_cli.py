@@ -13,7 +13,10 @@ from PIL import Image
 
 import tokgen
 from tokgen.cli import COMMANDS, main
+from tokgen.data.batches import resize_image
 from tokgen.data.shards import Manifest, ShardWriter
+from tokgen.encoders.base import load_encoder
+from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
 from tokgen.images import image_grid, read_image, read_settings, write_png
 from tokgen.precompute import tokenize_shards
 from tokgen.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -76,6 +79,41 @@ def test_tokenize_writes_every_id_with_its_caption(tmp_path, model):
             pixels = np.random.default_rng(int(key[1:])).integers(0, 255, (16, 16, 3), dtype=np.uint8)
             expected = tokenizer.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).ids[0]
             assert torch.equal(ids, expected) and caption == f"noise {key[1:]}"
+
+
+def test_tokenize_embeds_the_pixels_it_tokenizes(tmp_path, model, capsys):
+    source, teacher = shards(tmp_path / "shards"), tmp_path / "teacher"
+    ContrastiveEncoder(ContrastiveConfig(16, 8, 16, 2, 16, 1, 1, 6, 8, 4)).save_pretrained(teacher)
+    words = ["tokenize", source, "--model", model, "--out", tmp_path / "codes", "--size", 8, "--device", "cpu"]
+    assert run(*words, "--embed", teacher) == 0
+    embedding = Manifest.load(tmp_path / "codes").meta["embedding"]
+    assert embedding == {"encoder": str(teacher), "name": "contrastive encoder teacher", "dim": 6}
+
+    from tokgen.data.datamodule import ShardsDataModule
+
+    data = ShardsDataModule(val=str(tmp_path / "codes"), batch_size=10)
+    (batch,) = data.val_dataloader()
+    pixels = [np.random.default_rng(int(key[1:])).integers(0, 255, (16, 16, 3), dtype=np.uint8) for key in batch["key"]]
+    small = torch.stack([resize_image(torch.from_numpy(p).permute(2, 0, 1), 8) for p in pixels])
+    expected = load_encoder(teacher).embed(small)
+    assert batch["ids"].shape == (10, 16) and expected.std(0).min() > 1e-3
+    torch.testing.assert_close(batch["embedding"], expected, rtol=1e-3, atol=1e-4)
+
+    assert run(*words) == 2  # the same folder without embeddings
+    assert "another meta" in capsys.readouterr().err
+    words[5] = tmp_path / "other"
+    assert run(*words, "--embed", model) == 2
+    assert "expected an image encoder" in capsys.readouterr().err
+
+
+def test_an_embedding_beyond_float16_is_named(tmp_path, model):
+    encoder = ContrastiveEncoder(ContrastiveConfig(16, 8, 16, 2, 16, 1, 1, 6, 8, 4))
+    encoder.image_projection.weight.data *= 1e8
+    with pytest.raises(tokgen.errors.DataError, match="contrastive encoder gives embeddings that float16 cannot hold"):
+        tokenize_shards(
+            tokgen.load(model), shards(tmp_path / "shards"), tmp_path / "codes", encoder=encoder, progress=False
+        )
+    assert not (tmp_path / "codes" / "manifest.json").exists()
 
 
 def test_tokenize_continues_where_it_was_interrupted(tmp_path, model, monkeypatch):

@@ -33,11 +33,15 @@ def write_images(folder: Path, shard_sizes: list[int], start: int = 0, **members
     return folder
 
 
-def write_codes(folder: Path, lengths: list[int], codebooks: int | None = None, **meta: object) -> Path:
+def write_codes(
+    folder: Path, lengths: list[int], codebooks: int | None = None, embeddings: list | None = None, **meta: object
+) -> Path:
+    """Samples c000, c001, …; `embeddings` are arrays for each, None where there is none."""
     rng = np.random.default_rng(0)
     facts = {"tokenizer": "abc", "codebook_sizes": [64] * (codebooks or 1), **meta}
     with ShardWriter(folder, kind="codes", meta=facts, max_samples=4) as writer:
         for i, n in enumerate(lengths):
             ids = rng.integers(0, 64, (n,) if codebooks is None else (n, codebooks)).astype(np.uint16)
-            writer.write(f"c{i:03d}", {"npy": ids, "txt": f"code {i}"})
+            embedding = {"emb.npy": embeddings[i]} if embeddings is not None and embeddings[i] is not None else {}
+            writer.write(f"c{i:03d}", {"npy": ids, "txt": f"code {i}", **embedding})
     return folder

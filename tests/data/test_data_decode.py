@@ -236,6 +236,7 @@ def test_extensions_off_the_whitelist_have_no_decoder():
             decode_member(extension, b"")
     assert decode_member("mp4", b"bytes stay bytes") == b"bytes stay bytes"
     assert decode_member("cls", b"7\n") == 7
+    assert decode_member("emb.npy", npy(np.array([0.5], np.float16))) == 0.5
 
 
 # -------------------------------------------------------------------------------------------------------- hostile shards

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -111,6 +112,46 @@ def test_kind_follows_the_manifest(images, tmp_path):
             writer.write(f"v{i}", {"mp4": bytes([i]), "txt": "x"})
     (batch,) = module(train=str(tmp_path / "videos")).train_dataloader()
     assert sorted(batch["video"]) == [bytes([i]) for i in range(4)]
+
+
+EMBEDDING = {"encoder": "clip", "name": "CLIP", "dim": 3}
+
+
+def test_embeddings_come_with_their_codes(tmp_path):
+    vectors = [np.array([i, -i, 0.5], np.float16) for i in range(8)]
+    write_codes(tmp_path / "codes", [3] * 8, embeddings=vectors, embedding=EMBEDDING)
+    data = module(train=str(tmp_path / "codes"), val=str(tmp_path / "codes"), num_workers=1)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for batch in loader:
+            assert (batch["embedding"].dtype, batch["embedding"].shape) == (torch.float32, (4, 3))
+            for key, vector in zip(batch["key"], batch["embedding"]):
+                assert torch.equal(vector, torch.tensor([float(key[1:]), -float(key[1:]), 0.5]))
+    data.teardown()
+
+
+def test_samples_without_a_good_embedding_are_bad_where_the_manifest_promises_one(tmp_path):
+    vectors = [np.zeros(3, np.float16)] * 4 + [None, np.zeros(4), np.array([1, 2, np.nan]), np.array([1, 2, 3])]
+    write_codes(tmp_path / "codes", [3] * 8, embeddings=vectors, embedding=EMBEDDING)
+    loader = module(train=str(tmp_path / "codes"), max_bad_fraction=0.5).train_dataloader()
+    list(loader)
+    assert loader.stats.skipped == {"no embedding": 1, "bad embedding": 3}
+    write_codes(tmp_path / "plain", [3] * 8)
+    assert all("embedding" not in batch for batch in module(train=str(tmp_path / "plain")).train_dataloader())
+
+
+def test_folders_whose_embeddings_differ_give_none(tmp_path):
+    for name, meta in (
+        ("a", {"embedding": EMBEDDING}),
+        ("b", {"embedding": {**EMBEDDING, "encoder": "dino"}}),
+        ("c", {}),
+    ):
+        vectors = [np.zeros(3, np.float16) if meta else None] * 4
+        write_codes(tmp_path / name, [3] * 4, embeddings=vectors, **meta)
+    for other in "bc":
+        data = module(train=[str(tmp_path / "a"), str(tmp_path / other)])
+        assert all("embedding" not in batch for batch in data.train_dataloader()) and "embedding" not in data.meta
+    data = module(train=[str(tmp_path / "a"), str(tmp_path / "a")])
+    assert all("embedding" in batch for batch in data.train_dataloader()) and data.meta["embedding"] == EMBEDDING
 
 
 def test_resize_none_keeps_pictures(images):

@@ -11,7 +11,7 @@ import torch
 from tokgen.training.base import Schedule
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import SampleGrid
+from tokgen.training.generator import Alignment, SampleGrid
 from tokgen.training.sharding import FullyShardedStrategy
 
 
@@ -62,6 +62,20 @@ def generator(world: int, folder: Path, out: Path) -> None:
     fit(6, out / f"generator{world}" / "checkpoints" / "last.ckpt")
 
 
+def aligned(world: int, folder: Path, out: Path) -> None:
+    """With a projector beside the generator: split (FSDP2), or copied (DDP), against one process; saved, and resumed."""
+    sgd = lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)  # noqa: E731
+    for name in ("one",) if world == 1 else ("ddp", "fsdp"):
+        for steps, ckpt_path in ((2, None), (4, out / name / "checkpoints" / "last.ckpt")):
+            module = tiny.generator(
+                config={"token_dropout": 0.0, "caption_dropout": 0.0}, optimizer=sgd, alignment=Alignment(weight=0.5)
+            )
+            strategy = FullyShardedStrategy() if name == "fsdp" else "auto" if name == "one" else name
+            options = {"devices": world, "strategy": strategy, "max_steps": steps, "val_check_interval": 2}
+            trainer = tiny.trainer(out / name, EMA(0.5), Checkpoint(), **options)
+            trainer.fit(module, datamodule=FixedBatches(folder, world), ckpt_path=ckpt_path)
+
+
 class FixedBatches(tiny.ShardsDataModule):
     """8 samples a step in the order of the shards, whatever the number of processes."""
 
@@ -73,7 +87,9 @@ class FixedBatches(tiny.ShardsDataModule):
         whole = tiny.ShardsDataModule(val=str(self.folder / "train"), batch_size=48)
         whole.setup("validate")
         batch = next(iter(whole.val_dataloader()))
-        samples = [{k: batch[k][i] for k in ("ids", "mask", "caption")} for i in range(48)]
+        samples = [
+            {k: v[i] for k, v in batch.items() if k in ("ids", "mask", "caption", "embedding")} for i in range(48)
+        ]
         mine = samples[self.trainer.global_rank :: self.processes]
         return torch.utils.data.DataLoader(mine, 8 // self.processes, shuffle=False)
 
@@ -81,4 +97,4 @@ class FixedBatches(tiny.ShardsDataModule):
 if __name__ == "__main__":
     torch.manual_seed(0)
     kind, world, folder, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    {"autoencoder": autoencoder, "generator": generator}[kind](world, folder, out)
+    {"autoencoder": autoencoder, "generator": generator, "aligned": aligned}[kind](world, folder, out)

@@ -11,7 +11,9 @@ import pytest
 import tiny
 import torch
 
+from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
 from tokgen.generators.llama import LlamaGenerator
+from tokgen.precompute import tokenize_shards
 from tokgen.training.checkpoint import read_checkpoint
 
 HERE = Path(__file__).parent
@@ -32,6 +34,26 @@ def test_ddp_equals_one_process(tmp_path):
     run("autoencoder", tmp_path, tmp_path)
     one, two = (torch.load(tmp_path / f"autoencoder{n}.pt", weights_only=True) for n in (1, 2))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_projector_beside_the_generator_trains_alike_on_ranks(tmp_path):
+    """ARRA's projector, copied (DDP) and split (FSDP2), saved and resumed, has the weights of one process."""
+    visual, teacher = tiny.tokenizer(), ContrastiveEncoder(ContrastiveConfig(16, 8, 16, 2, 16, 1, 1, 12, 8, 4))
+    for split, count in (("train", 48), ("val", 10)):
+        source = tiny.write_images(tmp_path / "images" / split, count, count)
+        tokenize_shards(visual, source, tmp_path / "codes" / split, encoder=teacher, progress=False)
+    run("aligned", tmp_path / "codes", tmp_path)
+    one, ddp, fsdp = (read_checkpoint(tmp_path / n / "checkpoints" / "last.ckpt") for n in ("one", "ddp", "fsdp"))
+    assert any(name.startswith("projector.") for name in one["state_dict"])
+    for other in (ddp, fsdp):
+        assert one["global_step"] == other["global_step"] == 4
+        for name, value in one["state_dict"].items():
+            torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    published = [
+        LlamaGenerator.from_pretrained(tmp_path / n / "generator").state_dict() for n in ("one", "ddp", "fsdp")
+    ]
+    assert published[0].keys() == published[1].keys() == published[2].keys()
 
 
 @pytest.mark.slow
