@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokgen.errors import InputError
-from tokgen.pretrained import replacing
+from tokgen.files import replacing
 
 
 def read_image(path: str | os.PathLike[str], size: int | None = None, multiple_of: int = 1) -> Tensor:

@@ -6,13 +6,12 @@ a `config.json` to a class. Nothing here unpickles.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -20,33 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tokgen.errors import CheckpointError, ConfigError
+from tokgen.files import replacing, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 T = TypeVar("T")
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it is flushed to disk and renamed to `path`, else removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(data: Any, path: str | os.PathLike[str]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+# -- weights ----------------------------------------------------------------------------------------------------------
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:

@@ -51,7 +51,7 @@ CAPTIONS = {
 }  # fmt: skip
 
 
-def arms(study: str, teacher: Path) -> dict[str, list[str]]:
+def arms(study: str) -> dict[str, list[str]]:
     """Command-line arguments of each arm."""
     model = "--model.init_args."
     if study == "windows":
@@ -63,11 +63,7 @@ def arms(study: str, teacher: Path) -> dict[str, list[str]]:
     if study == "captions":
         return CAPTIONS
     plain = [f"{model}config.window_head", "independent"]
-    return {
-        name: plain
-        + ([] if a is None else [f"{model}alignment", json.dumps({"encoder": str(teacher), "source": "shard", **a})])
-        for name, a in ARRA.items()
-    }
+    return {name: plain + ([] if a is None else [f"{model}alignment", json.dumps(a)]) for name, a in ARRA.items()}
 
 
 def tokgen(*arguments: object, log: Path | None = None) -> float:
@@ -183,7 +179,7 @@ def main() -> None:
     parser.add_argument("study", choices=["windows", "arra", "captions"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "assets/demo/tokenizer")
     parser.add_argument("--teacher", type=Path, default=ROOT / "assets/demo/teacher")
@@ -202,7 +198,7 @@ def main() -> None:
             64,
             *embed,
         )
-    wanted = arms(options.study, options.teacher.resolve())
+    wanted = arms(options.study)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {
             (name, seed): pool.submit(train, out, name, seed, options.steps, arguments)

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from tokgen.generators.decoding import generate
 from tokgen.generators.llama import LlamaConfig, LlamaGenerator
-from tokgen.generators.sampling import SamplingSettings, generate
+from tokgen.generators.sampling import SamplingSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "generators"))
 from llama_peer import to_transformers

@@ -14,8 +14,9 @@ from tokgen.generators.conditions import (
     to_the_end,
     undump_prompts,
 )
+from tokgen.generators.decoding import generate
 from tokgen.generators.llama import LlamaConfig, LlamaGenerator
-from tokgen.generators.sampling import SamplingSettings, generate
+from tokgen.generators.sampling import SamplingSettings
 
 NAMES = ["crane (bird)", "crane (machine)", "7"]
 FEATURES = {"condition": "features", "max_text": 6, "feature_dim": 16}

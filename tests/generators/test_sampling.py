@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokgen.errors import ConfigError, InputError
-from tokgen.generators import sampling
+from tokgen.generators import decoding
 from tokgen.generators.sampling import Noise, SamplingSettings, choose, filter_logits, guidance_weights
 
 # -- guidance -------------------------------------------------------------------------------------------------------------
@@ -43,13 +43,13 @@ def test_guidance_zero_is_the_unconditional_model_and_one_the_conditional(make, 
 
 
 def test_guidance_follows_its_formula_and_the_order_of_steps():
-    logits = torch.randn(4, 3, 10)
+    logits = torch.randn(4, 2, 3, 10)  # rows, steps, slots, codes
     settings = SamplingSettings(temperature=0.5, top_k=4, top_p=0.9, min_p=0.05)
-    noise = Noise([1, 2], torch.device("cpu")).draw(3, 10)
-    guided = logits[2:] + 2.5 * (logits[:2] - logits[2:])
+    noise, weight = Noise([1, 2], torch.device("cpu")).draw(2, 3, 10), torch.tensor([2.5, 0.5])
+    guided = logits[2:] + weight.view(1, 2, 1, 1) * (logits[:2] - logits[2:])
     expected = (filter_logits(guided / 0.5, 4, 0.9, 0.05) + noise).argmax(-1)
-    assert torch.equal(choose(logits, noise, torch.tensor(2.5), settings), expected)
-    assert torch.equal(choose(logits, None, torch.tensor(2.5), settings), guided.argmax(-1))
+    assert torch.equal(choose(logits, noise, weight, settings), expected)
+    assert torch.equal(choose(logits, None, weight, settings), guided.argmax(-1))
 
 
 # -- filters --------------------------------------------------------------------------------------------------------------
@@ -216,6 +216,6 @@ def test_a_missing_compiler_is_one_clear_sentence(make, monkeypatch):
     from tokgen.errors import MissingDependency
 
     monkeypatch.setenv("CXX", "no-such-compiler")
-    sampling.compiled_decode_one.cache_clear()
+    decoding.compiled_decode_block.cache_clear()
     with pytest.raises(MissingDependency, match="leave compile off"):
         make().generate(["cat"], compile=True)

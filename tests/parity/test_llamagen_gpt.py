@@ -7,8 +7,9 @@ import reference
 import torch
 
 from tokgen.generators.conditions import to_the_end
+from tokgen.generators.decoding import generate
 from tokgen.generators.llama import LlamaConfig, LlamaGenerator
-from tokgen.generators.sampling import SamplingSettings, generate
+from tokgen.generators.sampling import SamplingSettings
 from tokgen.importers.llamagen_gpt import GPT_SIZES, gpt_from_state_dict
 
 CASES = r"llamagen_gpt_.*"

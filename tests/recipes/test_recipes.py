@@ -14,7 +14,7 @@ from tokgen.training.lightning_cli import TokgenLightningCLI
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted([*ROOT.glob("tokenizers/*.yaml"), *ROOT.glob("generators/*.yaml")])
-MACHINES = sorted(ROOT.glob("train/*.yaml"))
+MACHINES = [f for f in sorted(ROOT.glob("train/*.yaml")) if "trainer" in yaml.safe_load(f.read_text())]
 
 
 def parse(*files: Path) -> str:
@@ -62,6 +62,7 @@ def test_tokenizer_recipe_builds(recipe):
 
 # side of the grid of codes, and parameters from … to; others are tiny
 SIZES = {
+    "arra-base": (16, 342_910_976, 342_910_976),  # LlamaGen's GPT-L
     "llama": (16, 0.77e9, 0.85e9),
     "llamagen-b-c2i": (16, 110_888_448, 110_888_448),
     "llamagen-t2i": (16, 777.6e6, 777.8e6),
@@ -83,7 +84,15 @@ def build(recipe: Path) -> LlamaGenerator:
         )
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("generators/*.yaml")), ids=lambda f: f.stem)
+def arguments_of(recipe: Path) -> dict:
+    return yaml.safe_load(recipe.read_text())["model"]["init_args"]
+
+
+# others take their size from the model that they start from
+SIZED = [f for f in sorted(ROOT.glob("generators/*.yaml")) if "dim" in arguments_of(f).get("config", {})]
+
+
+@pytest.mark.parametrize("recipe", SIZED, ids=lambda f: f.stem)
 def test_generator_recipe_has_its_size(recipe):
     parameters = sum(p.numel() for p in build(recipe).parameters())
     low, high = SIZES.get(recipe.stem, (8, 2e6, 2e7))[1:]
@@ -101,3 +110,20 @@ def test_each_stage_of_token_shuffle_starts_from_the_one_before():
     settings = [yaml.safe_load(f.read_text())["model"]["init_args"] for f in stages]
     assert [s.get("z_loss", 0.0) for s in settings] == [0.0, 0.0, 1e-5]
     assert [s["config"]["window"] for s in settings] == [1, 2, 2]
+
+
+def test_the_tiny_arra_is_the_tiny_token_shuffle_with_one_more_term():
+    arra, plain = (yaml.safe_load((ROOT / f"generators/{n}-tiny.yaml").read_text()) for n in ("arra", "token-shuffle"))
+    assert arra["model"]["init_args"].pop("alignment") == {"encoder": "assets/demo/teacher", "block": 1, "weight": 1.0}
+    for settings in (arra, plain):
+        del settings["data"]["train"], settings["data"]["val"]
+    assert arra == plain
+
+
+def test_each_variant_of_arra_has_its_start():
+    base, lm, adapt = (arguments_of(ROOT / f"generators/arra-{n}.yaml") for n in ("base", "lm", "adapt"))
+    starts = [{k for k in ("init_from", "init_from_lm") if k in a} for a in (base, lm, adapt)]
+    assert starts == [set(), {"init_from_lm"}, {"init_from"}]
+    assert "config" not in adapt  # the generator is trained on as it is
+    for arguments in (base, lm, adapt):
+        assert (arguments["alignment"]["block"], arguments["alignment"]["weight"]) == (1, 1.0)

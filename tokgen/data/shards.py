@@ -24,7 +24,7 @@ import numpy as np
 
 from tokgen.data.tar import Damage, check_location, iter_samples, join, open_bytes, scheme
 from tokgen.errors import DataError
-from tokgen.pretrained import replacing
+from tokgen.files import replacing
 
 FORMAT, VERSION = "tokgen-shards", 1
 KINDS = ("images", "codes", "videos")

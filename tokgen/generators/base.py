@@ -18,7 +18,8 @@ from tokgen.pretrained import Pretrained, Registry
 from tokgen.tokens import Layout, Tokens
 
 if TYPE_CHECKING:
-    from tokgen.generators.sampling import SamplingReport, Seeds
+    from tokgen.generators.decoding import SamplingReport
+    from tokgen.generators.sampling import Seeds
     from tokgen.tokenizers.base import VisualTokenizer
 
 GENERATORS: Registry[Generator] = Registry("generator", {"llama": "tokgen.generators.llama:LlamaGenerator"})
@@ -166,6 +167,9 @@ class Generator(Pretrained):
         top_p: float | None = None,
         min_p: float | None = None,
         generator: Seeds = None,
+        given: Tokens | None = None,
+        keep: Tensor | None = None,
+        jacobi: int = 1,
         compile: bool = False,
         progress: bool = False,
     ) -> tuple[Tokens, SamplingReport]:
@@ -178,17 +182,23 @@ class Generator(Pretrained):
             prompts: B captions, or classes by name or number; "" is unconditional.
             generator: seeds. An int gives image i the seed `generator + i`; a list gives each image its own; a
                 torch.Generator draws them; None draws fresh ones. The same prompt and seed give the same ids in any batch.
+            given: tokens that stay, one item for all images or one for each; the others are drawn around them, each knowing
+                those before it in decoding order. Fewer positions than the layout's complete a prefix.
+            keep: bool (B or 1, N), which of the given tokens stay; None keeps all real ones.
+            jacobi: guess and check this many steps in one call of the transformer; the ids stay those of 1, up to rounding,
+                and it is faster where pictures are predictable. See `tokgen.generators.decoding`.
             compile: compile the decoding step; slow in the first call, then faster. Needs a C++ compiler on the CPU.
             progress: show a progress bar.
 
         Raises:
-            InputError: no prompts, or seeds that do not match them. ConfigError: a setting out of range.
+            InputError: no prompts, or seeds or given tokens that do not match them. ConfigError: a setting out of range.
+            TokenizerMismatch: the given tokens are another tokenizer's.
         """
-        from tokgen.generators import sampling
+        from tokgen.generators import decoding, sampling
 
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("prompts must be a list of at least one string; wrap a single prompt as [prompt]")
-        given = {
+        chosen = {
             "guidance_scale": guidance_scale,
             "schedule": schedule,
             "guidance_interval": guidance_interval,
@@ -199,14 +209,45 @@ class Generator(Pretrained):
             "min_p": min_p,
         }
         settings = sampling.SamplingSettings.of(
-            {**self.generation, **{name: value for name, value in given.items() if value is not None}}
+            {**self.generation, **{name: value for name, value in chosen.items() if value is not None}}
         )
         seeds = sampling.seeds_of(generator, len(prompts))
         # One prompt length for all calls keeps the compiled step's shapes static.
         prompt, mask = self.encode_prompts(prompts, pad_to=self.max_text if compile else None)
-        ids, report = sampling.generate(self, prompt, mask, settings, seeds, compile=compile, progress=progress)
+        stays = None if given is None else self._given(given, keep, len(prompts))
+        ids, report = decoding.generate(
+            self, prompt, mask, settings, seeds, given=stays, jacobi=jacobi, compile=compile, progress=progress
+        )
         ids = ids if len(self.codebook_sizes) > 1 else ids[..., 0]
         return Tokens(ids, self.layout, self.codebook_sizes, tokenizer=self.tokenizer_fingerprint), report
+
+    def _given(self, given: Tokens, keep: Tensor | None, images: int) -> tuple[Tensor, Tensor]:
+        """Given ids as (B, N, C) and which of them stay, on the CPU."""
+        from tokgen.errors import TokenizerMismatch
+
+        if given.codebook_sizes != self.codebook_sizes or (
+            given.tokenizer and self.tokenizer_fingerprint and given.tokenizer != self.tokenizer_fingerprint
+        ):
+            raise TokenizerMismatch(
+                f"the given tokens are of tokenizer {given.tokenizer or 'unknown'} with codebooks {given.codebook_sizes}; "
+                f"this generator draws {self.codebook_sizes} of {self.tokenizer_fingerprint or 'unknown'}"
+            )
+        given = given.validate().cpu()
+        rows, n = given.ids.shape[:2]
+        fits = rows in (1, images) and n <= self.layout.length
+        if not fits or (keep is not None and (keep.ndim != 2 or keep.shape[0] not in (1, images) or keep.shape[1] != n)):
+            raise InputError(
+                f"given tokens {tuple(given.ids.shape)} (keep {'all' if keep is None else tuple(keep.shape)}) do not fit "
+                f"{images} image(s) of {self.layout.length} ids; expected 1 or {images} rows of each, equally long"
+            )
+        stays = given.mask if keep is None else given.mask & keep.bool().cpu()  # (rows, n)
+        if n == self.layout.length and given.layout != self.layout:
+            raise InputError(f"the given tokens lie on {given.layout}, this generator draws {self.layout}")
+        ids = torch.zeros(rows, self.layout.length, len(self.codebook_sizes), dtype=torch.int64)
+        ids[:, :n] = given.ids.view(rows, n, -1)
+        mask = torch.zeros(len(stays), self.layout.length, dtype=torch.bool)
+        mask[:, :n] = stays
+        return ids.expand(images, -1, -1), mask[..., None].expand(images, -1, ids.shape[-1])
 
     # -- files --------------------------------------------------------------------------------------------------------
 

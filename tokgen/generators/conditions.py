@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
+from tokgen.files import write_json
 from tokgen.generators.text import SETTINGS, TextTokenizer
-from tokgen.pretrained import write_json
 
 
 class TextCondition(nn.Module):

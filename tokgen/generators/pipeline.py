@@ -2,6 +2,7 @@
 
 >>> pipe = TextToImagePipeline.from_pretrained("assets/demo/generator")
 >>> pipe("red heart, 3d style", generator=0).images[0].save("heart.png")
+>>> pipe("red heart, 3d style", image=picture, mask_image=mask)  # in-painting: white is drawn anew
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor
 from tokgen.errors import CheckpointError, InputError
 from tokgen.generators.base import Generator
 from tokgen.pretrained import CONFIG, resolve
-from tokgen.tokens import Tokens
+from tokgen.tokens import Grid, Layout, Tokens
 
 if TYPE_CHECKING:
-    from tokgen.generators.sampling import SamplingReport, Seeds
+    from tokgen.generators.decoding import SamplingReport
+    from tokgen.generators.sampling import Seeds
     from tokgen.tokenizers.base import VisualTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
@@ -127,6 +129,8 @@ class TextToImagePipeline:
         min_p: float | None = None,
         generator: Seeds = None,
         output_type: str = "pil",
+        image: Any = None,
+        mask_image: Any = None,
         **arguments: Any,
     ) -> TextToImageOutput:
         """Draw.
@@ -140,10 +144,16 @@ class TextToImagePipeline:
             guidance_scale, temperature, top_k, top_p, min_p: see `SamplingSettings`.
             generator: an int (image i gets that + i), a list of one per image, a torch.Generator, or None.
             output_type: "pil", "pt", "np" or "tokens" (no pixels).
-            arguments: `schedule`, `guidance_interval`, `guidance_power`, `compile`, `progress` of `Generator.sample`.
+            image: a picture to paint in, as the tokenizer's `encode` takes it (one PIL image, or a batch of one or of one for
+                each image drawn); what stays of it are its tokens.
+            mask_image: where to paint: a PIL image, or a tensor (H, W) or (B, 1, H, W) in [0, 1], white (above 0.5) for what
+                is drawn anew. A token is drawn anew if any of its pixels is.
+            arguments: `schedule`, `guidance_interval`, `guidance_power`, `given`, `keep`, `jacobi`, `compile`, `progress` of
+                `Generator.sample`.
 
         Raises:
-            InputError: no prompt, an unknown output_type, fewer than one image, or seeds that do not match.
+            InputError: no prompt, an unknown output_type, fewer than one image, seeds that do not match, or one of `image`
+                and `mask_image` without the other.
             ConfigError: a setting out of range.
         """
         if output_type not in OUTPUT_TYPES:
@@ -152,6 +162,13 @@ class TextToImagePipeline:
             raise InputError(f"num_images_per_prompt={num_images_per_prompt}; expected at least 1")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        if (image is None) != (mask_image is None):
+            raise InputError(
+                "in-painting takes both image and mask_image (white is drawn anew); one of them is missing"
+            )
+        if image is not None:
+            arguments["given"] = self.tokenizer.encode(image)
+            arguments["keep"] = ~redrawn_tokens(mask_image, arguments["given"].layout, self.tokenizer.factor)
         tokens, report = self.generator.sample(
             prompts,
             guidance_scale=guidance_scale,
@@ -183,6 +200,31 @@ class TextToImagePipeline:
             "tokenizer": self.tokenizer.fingerprint,
             "tokgen_version": tokgen.__version__,
         }
+
+
+def redrawn_tokens(mask: Any, layout: Layout, factor: int) -> Tensor:
+    """Which tokens of a grid have a masked pixel, bool (B, N).
+
+    Args:
+        mask: see `mask_image` of the pipeline.
+        factor: pixels per token along each side.
+
+    Raises:
+        InputError: tokens that are not on a grid, or a mask of another size than the picture.
+    """
+    if not isinstance(layout, Grid) or layout.t:
+        raise InputError(
+            f"in-painting by a mask needs tokens on the grid of one picture, not {layout}; pass given and keep"
+        )
+    if not isinstance(mask, Tensor):
+        from torchvision.transforms.functional import pil_to_tensor
+
+        mask = pil_to_tensor(mask.convert("L"))[None].float() / 255
+    mask = mask.float().view(-1, 1, *mask.shape[-2:])
+    size = (layout.h * factor, layout.w * factor)
+    if tuple(mask.shape[-2:]) != size:
+        raise InputError(f"mask_image is {tuple(mask.shape[-2:])} pixels, the picture {size}; give one of its size")
+    return torch.nn.functional.max_pool2d((mask > 0.5).float(), factor).flatten(1) > 0
 
 
 def _to_pil(pixels: Tensor) -> Any:

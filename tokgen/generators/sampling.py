@@ -1,31 +1,22 @@
-"""Sampling: guidance, filters and the decoding loop, as plain functions on tensors.
+"""Sampling: settings, randomness, guidance and filters, as plain functions on tensors. The loop is in `decoding`.
 
-`prefill` runs the prompt, `decode_one` one step, `generate` loops. Conditional and unconditional rows go through the
-model as one batch. Randomness is drawn per image from its own CPU generator and turned into ids by the Gumbel-max trick,
-so that an image depends on its own seed only, on any device; ids flip under rounding only where two of them are level to
-about 1e-6, where an inverted cumulative distribution would flip for a few per cent of the draws.
+Randomness is drawn per image from its own CPU generator and turned into ids by the Gumbel-max trick, so that an image
+depends on its own seed only, on any device; ids flip under rounding only where two of them are level to about 1e-6, where an
+inverted cumulative distribution would flip for a few per cent of the draws.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokgen.errors import ConfigError, InputError, MissingDependency
-from tokgen.nn.attention import KVCache, prefix_attention
-
-if TYPE_CHECKING:
-    from tokgen.generators.llama import LlamaGenerator
+from tokgen.errors import ConfigError, InputError
 
 Seeds = int | Sequence[int | torch.Generator] | torch.Generator | None
 
@@ -84,33 +75,6 @@ class SamplingSettings:
             if name not in known:
                 raise ConfigError(f"unknown sampling setting {name!r}; expected one of {', '.join(known)}")
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class SamplingReport:
-    """What a run of `generate` did.
-
-    Attributes:
-        settings: as used.
-        seeds: one per image; passing it back as `generator=[seed]` draws the image again.
-        images, ids: how many were drawn; ids counts every codebook.
-        steps: transformer calls per image.
-        prefill_seconds, decode_seconds: wall-clock; the first includes the first step's draw, the second any compilation.
-        compiled: whether the decoding step was compiled.
-    """
-
-    settings: SamplingSettings
-    seeds: tuple[int, ...]
-    images: int
-    ids: int
-    steps: int
-    prefill_seconds: float
-    decode_seconds: float
-    compiled: bool
-
-    @property
-    def ids_per_second(self) -> float:
-        return self.ids / max(self.prefill_seconds + self.decode_seconds, 1e-9)
 
 
 # -- randomness ---------------------------------------------------------------------------------------------------------
@@ -194,221 +158,20 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: flo
 
 
 def choose(logits: Tensor, noise: Tensor | None, weight: Tensor | None, settings: SamplingSettings) -> Tensor:
-    """Ids of one step.
+    """Ids of m steps.
 
     Args:
-        logits: float32 (rows, slots, K); with guidance the first half of the rows is conditional, the second not.
-        noise: Gumbel, (images, slots, K); None at temperature 0.
-        weight: the step's guidance weight, a scalar tensor; None without guidance.
+        logits: float32 (rows, m, slots, K); with guidance the first half of the rows is conditional, the second not.
+        noise: Gumbel, (images, m, slots, K); None at temperature 0.
+        weight: the steps' guidance weights (m,); None without guidance.
 
     Returns:
-        int64 (images, slots).
+        int64 (images, m, slots).
     """
     if weight is not None:
         conditional, unconditional = logits.chunk(2)
-        logits = unconditional + weight * (conditional - unconditional)
+        logits = unconditional + weight[:, None, None] * (conditional - unconditional)
     if noise is None:
         return logits.argmax(-1)
     logits = filter_logits(logits / settings.temperature, settings.top_k, settings.top_p, settings.min_p)
     return (logits + noise).argmax(-1)
-
-
-def draw_step(
-    model: LlamaGenerator,
-    head: tuple[Tensor, Tensor | None],
-    hidden: Tensor,
-    codebook: int,
-    noise: Tensor | None,
-    weight: Tensor | None,
-    settings: SamplingSettings,
-) -> Tensor:
-    """The ids of one step from the state before it: all at once, or slot by slot with an autoregressive window head.
-
-    Args:
-        hidden: (rows, 1, dim), the last block's output.
-        noise, weight, settings: as `choose`; noise is (images, slots, K).
-
-    Returns:
-        int64 (images, slots) of the given codebook.
-    """
-    slots = model.to_slots(hidden)  # (rows, 1, slots, channels)
-    if model.window_head is None:
-        return choose(model.code_logits(slots, codebook, head)[:, 0], noise, weight, settings)
-    ids: list[Tensor] = []
-    before = torch.empty(len(hidden), 1, 0, dtype=torch.int64, device=hidden.device)
-    for k in range(model.slots):
-        # a window has few slots: running the narrow head over all of them again is cheaper than a cache of its own
-        states = model.within_window(slots[:, :, : k + 1], before)[:, :, -1:]
-        logits = model.code_logits(states, codebook, head)[:, 0]
-        ids.append(choose(logits, None if noise is None else noise[:, k : k + 1], weight, settings))  # (images, 1)
-        drawn = ids[-1] if weight is None else ids[-1].repeat(2, 1)
-        before = torch.cat([before, model.shared_ids(drawn[:, None], codebook)], -1)  # (rows, 1, k + 1)
-    return torch.cat(ids, -1)
-
-
-# -- the loop -------------------------------------------------------------------------------------------------------------
-
-
-def prefill(
-    model: LlamaGenerator,
-    x: Tensor,
-    mask: Tensor,
-    rope: tuple[Tensor, Tensor],
-    cache: KVCache,
-) -> Tensor:
-    """Run the prompt, fill the cache's first P slots, and give the state (rows, 1, dim) that step 1 is drawn from.
-
-    Args:
-        x, mask: the prefix (rows, P, dim) and which of it is real (rows, P).
-        rope: of the whole sequence.
-    """
-    p = x.shape[1]
-    rope = rope[0][:, :p], rope[1][:, :p]
-    at = torch.arange(p, device=x.device)
-    return model.blocks(x, rope, prefix_attention(mask, p), cache, at, p, keep=p - 1)
-
-
-def decode_one(
-    model: LlamaGenerator,
-    head: tuple[Tensor, Tensor | None],
-    ids: Tensor,
-    codebook: int,
-    at: Tensor,
-    end: int | None,
-    keys: Tensor | None,
-    rope: tuple[Tensor, Tensor],
-    cache: KVCache,
-    noise: Tensor | None,
-    weight: Tensor | None,
-    settings: SamplingSettings,
-) -> Tensor:
-    """One step: the ids of the step before in, the next step's ids out. This is the function that is compiled.
-
-    Args:
-        ids: int64 (images, slots), of the given codebook.
-        at: int64 (1,), the cache slot of this step.
-        end: number of slots to attend to; None attends to all slots under a mask, so that shapes stay the same.
-        keys: bool (rows, cache length), which slots will hold real tokens; None if all will.
-
-    Returns:
-        int64 (images, slots), of the next codebook.
-    """
-    x = model.embed(ids[:, None], codebook)  # (images, 1, dim)
-    if weight is not None:
-        x = torch.cat([x, x])  # (rows, 1, dim)
-    if end is None:
-        past = torch.arange(cache.length, device=x.device) <= at
-        mask = (past[None] if keys is None else past & keys)[:, None, None]  # (rows, 1, 1, cache length)
-    else:
-        mask = None if keys is None else keys[:, None, None, :end]
-    rope = rope[0].index_select(1, at), rope[1].index_select(1, at)
-    hidden = model.blocks(x, rope, mask, cache, at, end)
-    following = (codebook + 1) % len(model.codebook_sizes)
-    return draw_step(model, head, hidden, following, noise, weight, settings)
-
-
-@functools.cache
-def compiled_decode_one(device: str) -> Callable[..., Tensor]:
-    """`decode_one` compiled as one graph; CUDA graphs take away the launches. Raises MissingDependency."""
-    if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise MissingDependency(
-            "compile=True needs a C++ compiler on the CPU and none was found; install g++, set CXX, or leave compile off"
-        )
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(decode_one, fullgraph=True, dynamic=False, mode=mode)
-
-
-@torch.no_grad()
-def generate(
-    model: LlamaGenerator,
-    prompt: Tensor,
-    prompt_mask: Tensor,
-    settings: SamplingSettings,
-    seeds: Sequence[int],
-    *,
-    compile: bool = False,
-    progress: bool = False,
-) -> tuple[Tensor, SamplingReport]:
-    """Draw one image's ids for each row of the prompt; always exactly the layout's length.
-
-    Args:
-        prompt, prompt_mask: the condition's tensors, B rows.
-        seeds: B of them.
-
-    Returns:
-        ids int64 (B, N, C) in the layout's order, and what was done.
-    """
-    training = model.training
-    model.eval()  # no dropout; as it was afterwards
-    try:
-        return _generate(model, prompt, prompt_mask, settings, seeds, compile, progress)
-    finally:
-        model.train(training)
-
-
-def _generate(
-    model: LlamaGenerator,
-    prompt: Tensor,
-    prompt_mask: Tensor,
-    settings: SamplingSettings,
-    seeds: Sequence[int],
-    compile: bool,
-    progress: bool,
-) -> tuple[Tensor, SamplingReport]:
-    from tokgen.generators.token_shuffle import from_windows
-
-    device, codebooks, images = model.device, len(model.codebook_sizes), len(prompt)
-    start = time.perf_counter()
-    prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
-    guided = settings.guidance_scale != 1
-    if guided:  # conditional rows, then unconditional ones
-        pairs = zip((prompt, prompt_mask), model.condition.null(prompt, prompt_mask))
-        prompt, prompt_mask = (torch.cat(pair) for pair in pairs)
-    weights = guidance_weights(settings, model.steps).to(device) if guided else [None] * model.steps
-    noise = Noise(seeds, device) if settings.temperature > 0 else None
-    draw = lambda k: None if noise is None else noise.draw(model.slots, model.codebook_sizes[k % codebooks])  # noqa: E731
-
-    x, mask = model.prefix(prompt, prompt_mask)
-    p = x.shape[1]
-    rope, head = model.rope(mask), model.head()
-    length = p + model.steps - 1
-    cache = model.new_cache(len(x), length)
-    keys = torch.nn.functional.pad(mask, (0, length - p), value=True)
-    keys = keys if compile or not bool(mask.all()) else None
-    step = compiled_decode_one(device.type) if compile else decode_one
-
-    out = torch.empty(images, model.steps, model.slots, dtype=torch.int64, device=device)
-    out[:, 0] = draw_step(model, head, prefill(model, x, mask, rope, cache), 0, draw(0), weights[0], settings)
-    _synchronise(device)
-    prefilled = time.perf_counter()
-    for k in _track(range(1, model.steps), progress):
-        at = torch.tensor([p + k - 1], device=device)
-        end = None if compile else p + k
-        out[:, k] = step(
-            model, head, out[:, k - 1], (k - 1) % codebooks, at, end, keys, rope, cache, draw(k), weights[k], settings
-        )
-    _synchronise(device)
-    report = SamplingReport(
-        settings=settings,
-        seeds=tuple(seeds),
-        images=images,
-        ids=out.numel(),
-        steps=model.steps,
-        prefill_seconds=prefilled - start,
-        decode_seconds=time.perf_counter() - prefilled,
-        compiled=compile,
-    )
-    return from_windows(out, model.order, codebooks), report
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _track(steps: range, progress: bool) -> Any:
-    if not progress:
-        return steps
-    from rich.progress import track
-
-    return track(steps, description="drawing")

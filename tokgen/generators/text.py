@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
-from tokgen.pretrained import replacing, write_json
+from tokgen.files import replacing, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tokgen.data.datamodule import ShardsDataModule
 from tokgen.errors import CheckpointError, ConfigError, TokgenError
-from tokgen.pretrained import replacing
+from tokgen.files import replacing
 from tokgen.tokens import Tokens
 from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
 from tokgen.training.base import TrainingModule

@@ -1,0 +1,390 @@
+"""The decoding loop: `prefill` runs the prompt, `decode_block` one call of the transformer, `generate` loops.
+
+Conditional and unconditional rows go through the model as one batch, over a static cache. The grammar needs no masks: the
+number of steps follows from the layout, and a step's logits are those of its own codebook alone.
+
+**Jacobi decoding.** With its noise fixed, a step's ids are a function of the ids before it (Gumbel-max). So a whole block of
+W steps can be guessed, run through the transformer in one call, and checked: the first step of the block is right, and so is
+each further one whose inputs were guessed right (Jacobi iteration: Santilli et al. 2023, arXiv 2305.10427). What comes out
+are the ids that step-by-step decoding gives with the same seed, not merely ids of the same distribution, as with the
+acceptance by chance of Teng et al. 2024 (arXiv 2410.01699). The price: a guess counts only if it is hit exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokgen.errors import ConfigError, MissingDependency
+from tokgen.generators.sampling import Noise, SamplingSettings, choose, guidance_weights
+from tokgen.generators.token_shuffle import from_windows, to_windows
+from tokgen.nn.attention import KVCache, prefix_attention
+from tokgen.tokens import Grid
+
+if TYPE_CHECKING:
+    from tokgen.generators.llama import LlamaGenerator
+
+Head = tuple[Tensor, Tensor | None]
+DRAW = -1  # in `fixed`: this id is drawn, not given
+
+
+@dataclass(frozen=True)
+class SamplingReport:
+    """What a run of `generate` did.
+
+    Attributes:
+        settings: as used.
+        seeds: one per image; passing it back as `generator=[seed]` draws the image again.
+        images, ids: how many were drawn; ids counts every codebook, and not those that were given.
+        steps: decoding steps per image that were drawn.
+        calls: of the transformer, the prompt's included.
+        prefill_seconds, decode_seconds: wall-clock; the first includes the first step's draw, the second any compilation.
+        compiled: whether the decoding step was compiled.
+    """
+
+    settings: SamplingSettings
+    seeds: tuple[int, ...]
+    images: int
+    ids: int
+    steps: int
+    calls: int
+    prefill_seconds: float
+    decode_seconds: float
+    compiled: bool
+
+    @property
+    def ids_per_second(self) -> float:
+        return self.ids / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    @property
+    def steps_per_call(self) -> float:
+        """Steps accepted per call of the transformer; 1 without Jacobi decoding."""
+        return self.steps / max(self.calls, 1)
+
+
+def draw_steps(
+    model: LlamaGenerator,
+    head: Head,
+    hidden: Tensor,
+    codebook: int,
+    noise: Sequence[Tensor] | None,
+    weight: Tensor | None,
+    fixed: Tensor | None,
+    settings: SamplingSettings,
+) -> Tensor:
+    """The ids of m consecutive steps, each from the state before it.
+
+    All ids of a step at once, or slot by slot with an autoregressive window head.
+
+    Args:
+        hidden: (rows, m, dim), the last block's output.
+        codebook: of the first step.
+        noise: each step's, (images, slots, K of its codebook); None at temperature 0.
+        weight: guidance weight of each step (m,), or None.
+        fixed: int64 (images, m, slots), ids that are given, and -1 where one is drawn; None draws all.
+
+    Returns:
+        int64 (images, m, slots).
+    """
+    slots = model.to_slots(hidden)  # (rows, m, slots, channels)
+    images, m, codebooks = len(hidden) // (1 if weight is None else 2), hidden.shape[1], len(model.codebook_sizes)
+    out = torch.empty(images, m, model.slots, dtype=torch.int64, device=hidden.device)
+    for first in range(min(codebooks, m)):  # steps of one codebook together: their logits have one width
+        part, own = slice(first, m, codebooks), (codebook + first) % codebooks
+        some = None if noise is None else torch.stack(list(noise[part]), 1)  # (images, steps, slots, K)
+        w = None if weight is None else weight[part]
+        given = None if fixed is None else fixed[:, part]
+        if model.window_head is None:
+            out[:, part] = _keep(choose(model.code_logits(slots[:, part], own, head), some, w, settings), given)
+            continue
+        before = torch.empty(len(hidden), slots[:, part].shape[1], 0, dtype=torch.int64, device=hidden.device)
+        for k in range(model.slots):
+            # a window has few slots: running the narrow head over all of them again is cheaper than a cache of its own
+            states = model.within_window(slots[:, part, : k + 1], before)[:, :, -1:]
+            at_slot = None if some is None else some[:, :, k : k + 1]
+            ids = choose(model.code_logits(states, own, head), at_slot, w, settings)
+            ids = _keep(ids, None if given is None else given[:, :, k : k + 1])  # (images, steps, 1)
+            out[:, part, k : k + 1] = ids
+            shared = ids + model.codebook_ranges[own][0]
+            before = torch.cat([before, shared if weight is None else shared.repeat(2, 1, 1)], -1)
+    return out
+
+
+def _keep(ids: Tensor, given: Tensor | None) -> Tensor:
+    return ids if given is None else torch.where(given == DRAW, ids, given)
+
+
+def prefill(model: LlamaGenerator, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
+    """Run the first P inputs, fill the cache's first P slots, and give the state (rows, 1, dim) of the last of them.
+
+    Args:
+        x, mask: inputs (rows, P, dim) and which of them are real (rows, P).
+        rope: of the whole sequence.
+    """
+    p = x.shape[1]
+    rope = rope[0][:, :p], rope[1][:, :p]
+    return model.blocks(x, rope, prefix_attention(mask, p), cache, torch.arange(p, device=x.device), p, keep=p - 1)
+
+
+def decode_block(
+    model: LlamaGenerator,
+    head: Head,
+    ids: Tensor,
+    codebook: int,
+    at: Tensor,
+    end: int | None,
+    keys: Tensor | None,
+    rope: tuple[Tensor, Tensor],
+    cache: KVCache,
+    noise: Sequence[Tensor] | None,
+    weight: Tensor | None,
+    fixed: Tensor | None,
+    settings: SamplingSettings,
+) -> Tensor:
+    """The ids of m consecutive steps in, those of the steps after each out. This is the function that is compiled.
+
+    Args:
+        ids: int64 (images, m, slots), the first of the given codebook.
+        at: int64 (m,), the cache slots of these steps.
+        end: number of slots to attend to; None attends to all slots under a mask, so that shapes stay the same.
+        keys: bool (rows, cache length), which slots will hold real tokens; None if all will.
+        noise, weight, fixed: of the steps that come out, as `draw_steps`.
+
+    Returns:
+        int64 (images, m, slots), the first of the next codebook.
+    """
+    x = model.embed(ids, codebook)  # (images, m, dim)
+    if weight is not None:
+        x = torch.cat([x, x])  # (rows, m, dim)
+    length = cache.length if end is None else end
+    if ids.shape[1] == 1 and end is not None:  # one step sees everything up to itself
+        mask = None if keys is None else keys[:, None, None, :end]
+    else:
+        mask = (torch.arange(length, device=x.device) <= at[:, None])[None, None]  # (1, 1, m, keys)
+        mask = mask if keys is None else mask & keys[:, None, None, :length]
+    rope = rope[0].index_select(1, at), rope[1].index_select(1, at)
+    hidden = model.blocks(x, rope, mask, cache, at, end)
+    return draw_steps(model, head, hidden, (codebook + 1) % len(model.codebook_sizes), noise, weight, fixed, settings)
+
+
+@functools.cache
+def compiled_decode_block(device: str) -> Callable[..., Tensor]:
+    """`decode_block` compiled as one graph; CUDA graphs take away the launches. Raises MissingDependency."""
+    if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise MissingDependency(
+            "compile=True needs a C++ compiler on the CPU and none was found; install g++, set CXX, or leave compile off"
+        )
+    mode = "reduce-overhead" if device == "cuda" else None
+    return torch.compile(decode_block, fullgraph=True, dynamic=False, mode=mode)
+
+
+@torch.no_grad()
+def generate(
+    model: LlamaGenerator,
+    prompt: Tensor,
+    prompt_mask: Tensor,
+    settings: SamplingSettings,
+    seeds: Sequence[int],
+    *,
+    given: tuple[Tensor, Tensor] | None = None,
+    jacobi: int = 1,
+    compile: bool = False,
+    progress: bool = False,
+) -> tuple[Tensor, SamplingReport]:
+    """Draw one image's ids for each row of the prompt; always exactly the layout's length.
+
+    Args:
+        prompt, prompt_mask: the condition's tensors, B rows.
+        seeds: B of them.
+        given: ids (B, N, C) and which of them stay, bool (B, N, C); the others are drawn, each given those before it in
+            decoding order, drawn or not. Steps that all images have from the start cost one call together.
+        jacobi: steps W of a block; 1 decodes step by step. A batch advances by the fewest steps that any of its images
+            accepts.
+
+    Returns:
+        ids int64 (B, N, C) in the layout's order, and what was done.
+
+    Raises:
+        ConfigError: jacobi below 1.
+    """
+    if jacobi < 1:
+        raise ConfigError(f"jacobi={jacobi}; expected a number of steps of at least 1")
+    training = model.training
+    model.eval()  # no dropout; as it was afterwards
+    try:
+        return _generate(model, prompt, prompt_mask, settings, seeds, given, jacobi, compile, progress)
+    finally:
+        model.train(training)
+
+
+def _generate(
+    model: LlamaGenerator,
+    prompt: Tensor,
+    prompt_mask: Tensor,
+    settings: SamplingSettings,
+    seeds: Sequence[int],
+    given: tuple[Tensor, Tensor] | None,
+    jacobi: int,
+    compile: bool,
+    progress: bool,
+) -> tuple[Tensor, SamplingReport]:
+    device, codebooks, images = model.device, len(model.codebook_sizes), len(prompt)
+    start = time.perf_counter()
+    prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
+    guided = settings.guidance_scale != 1
+    if guided:  # conditional rows, then unconditional ones
+        pairs = zip((prompt, prompt_mask), model.condition.null(prompt, prompt_mask))
+        prompt, prompt_mask = (torch.cat(pair) for pair in pairs)
+    weights = guidance_weights(settings, model.steps).to(device) if guided else None
+    noise = _StepNoise(model, seeds, device) if settings.temperature > 0 else None
+
+    fixed = _as_steps(model, given)  # (images, S, slots) or None
+    done = 0 if fixed is None else _leading(fixed)
+    out = torch.zeros(images, model.steps, model.slots, dtype=torch.int64, device=device)
+    if fixed is not None:
+        out = torch.where(fixed == DRAW, out, fixed)
+    given_ids = 0 if fixed is None else int((fixed != DRAW).sum())
+
+    x, mask = model.prefix(prompt, prompt_mask)
+    prefix = x.shape[1]
+    rope, head = model.rope(mask), model.head()
+    length = prefix + model.steps - 1
+    cache = model.new_cache(len(x), length)
+    keys = F.pad(mask, (0, length - prefix), value=True)
+    keys = keys if compile or not bool(mask.all()) else None
+    calls = 0
+    if done < model.steps:
+        if done:
+            known = model.embed(out[:, :done])
+            x = torch.cat([x, known.repeat(2, 1, 1) if guided else known], 1)
+            mask = F.pad(mask, (0, done), value=True)
+        part = slice(done, done + 1)
+        out[:, part] = draw_steps(
+            model, head, prefill(model, x, mask, rope, cache), done % codebooks,
+            None if noise is None else noise.of(done, 1), None if weights is None else weights[part],
+            None if fixed is None else fixed[:, part], settings,
+        )  # fmt: skip
+        calls, done = 1, done + 1
+    first = done
+    _synchronise(device)
+    prefilled = time.perf_counter()
+
+    step = compiled_decode_block(device.type) if compile else decode_block
+    width = max(min(jacobi, model.steps - first), 1)
+    guessed = first  # steps below this hold an id: final, given or guessed
+    with _bar(model.steps - first, progress) as advance:
+        while done < model.steps:
+            low = min(done, model.steps - width)  # at the end the block reaches back, so that its width stays
+            guessed = _guess(model, out, fixed, guessed, low + width)
+            part = slice(low, low + width)
+            at = torch.arange(prefix + low - 1, prefix + low - 1 + width, device=device)
+            drawn = step(
+                model, head, out[:, low - 1 : low - 1 + width], (low - 1) % codebooks, at,
+                None if compile else prefix + low - 1 + width, keys, rope, cache,
+                None if noise is None else noise.of(low, width), None if weights is None else weights[part],
+                None if fixed is None else fixed[:, part], settings,
+            )  # fmt: skip
+            skip = done - low  # steps of the block that were final before
+            hit = (
+                (drawn == out[:, part])[:, skip:-1].all(-1).all(0)
+            )  # the guesses that turned out right, over all images
+            accepted = 1 if width - skip == 1 else 1 + int(hit.int().cumprod(0).sum())
+            out[:, done : low + width] = drawn[:, skip:]
+            done, calls = done + accepted, calls + 1
+            advance(accepted)
+    _synchronise(device)
+    report = SamplingReport(
+        settings=settings,
+        seeds=tuple(seeds),
+        images=images,
+        ids=out.numel() - given_ids,
+        steps=0 if not calls else model.steps - first + 1,
+        calls=calls,
+        prefill_seconds=prefilled - start,
+        decode_seconds=time.perf_counter() - prefilled,
+        compiled=compile,
+    )
+    return from_windows(out, model.order, codebooks), report
+
+
+class _StepNoise:
+    """The noise of each step, drawn once and in order, and kept while a block may still need it."""
+
+    def __init__(self, model: LlamaGenerator, seeds: Sequence[int], device: torch.device) -> None:
+        self.noise, self.slots, self.sizes = Noise(seeds, device), model.slots, model.codebook_sizes
+        self.kept: dict[int, Tensor] = {}
+        self.following = 0
+
+    def of(self, step: int, count: int) -> list[Tensor]:
+        """Of `count` steps from `step` on, which never decreases by more than a block."""
+        while self.following < step + count:
+            size = self.sizes[self.following % len(self.sizes)]
+            self.kept[self.following] = self.noise.draw(self.slots, size)
+            self.following += 1
+        for old in [k for k in self.kept if k < step]:
+            del self.kept[old]
+        return [self.kept[k] for k in range(step, step + count)]
+
+
+def _as_steps(model: LlamaGenerator, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    if given is None:
+        return None
+    ids, stays = given
+    steps = to_windows(ids.masked_fill(~stays, DRAW), model.order.cpu())
+    return steps.to(model.device)
+
+
+def _leading(fixed: Tensor) -> int:
+    """Steps from the start that are given in all images."""
+    whole = (fixed != DRAW).all(-1).all(0)
+    return int(whole.int().cumprod(0).sum())
+
+
+def _guess(model: LlamaGenerator, out: Tensor, fixed: Tensor | None, start: int, stop: int) -> int:
+    """Fill steps start … stop - 1 with what stands a row of windows above, or else one window before; returns the new end.
+
+    Pictures repeat themselves downwards; a wrong guess costs nothing but its own step.
+    """
+    codebooks = len(model.codebook_sizes)
+    above = codebooks * (model.layout.w // model.config.window if isinstance(model.layout, Grid) else 1)
+    for k in range(start, stop):
+        back = above if k >= above else codebooks
+        guess = out[:, k - back] if k >= back else torch.zeros_like(out[:, k])
+        out[:, k] = guess if fixed is None else _keep(guess, fixed[:, k])
+    return max(start, stop)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _bar:
+    """A progress bar over steps, or nothing; as a context it gives the function that advances it."""
+
+    def __init__(self, steps: int, shown: bool) -> None:
+        self.steps, self.progress = steps, None
+        if shown:
+            from rich.progress import Progress
+
+            self.progress = Progress()
+
+    def __enter__(self) -> Callable[[int], Any]:
+        if self.progress is None:
+            return lambda steps: None
+        self.progress.__enter__()
+        task = self.progress.add_task("drawing", total=self.steps)
+        return lambda steps: self.progress.advance(task, steps)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.progress is not None:
+            self.progress.__exit__(*error)
