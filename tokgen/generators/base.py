@@ -235,7 +235,9 @@ class Generator(Pretrained):
         given = given.validate().cpu()
         rows, n = given.ids.shape[:2]
         fits = rows in (1, images) and n <= self.layout.length
-        if not fits or (keep is not None and (keep.ndim != 2 or keep.shape[0] not in (1, images) or keep.shape[1] != n)):
+        if not fits or (
+            keep is not None and (keep.ndim != 2 or keep.shape[0] not in (1, images) or keep.shape[1] != n)
+        ):
             raise InputError(
                 f"given tokens {tuple(given.ids.shape)} (keep {'all' if keep is None else tuple(keep.shape)}) do not fit "
                 f"{images} image(s) of {self.layout.length} ids; expected 1 or {images} rows of each, equally long"
