@@ -267,8 +267,8 @@ def test_validation_counts_valid_rows_only(tmp_path):
 
 def test_codebooks_and_norms_are_not_decayed():
     module = tiny.autoencoder()
-    decayed, others = module.configure_optimizers()[0].param_groups
-    assert decayed["weight_decay"] > 0 and others["weight_decay"] == 0
+    *decayed, others = module.configure_optimizers()[0].param_groups
+    assert all(g["weight_decay"] > 0 for g in decayed) and others["weight_decay"] == 0
     codebooks = {id(p) for m in module.modules() if isinstance(m, Quantizer) for p in m.parameters()}
     assert codebooks and codebooks <= {id(p) for p in others["params"]}
-    assert sum(len(g["params"]) for g in (decayed, others)) == len(list(module.tokenizer.parameters()))
+    assert sum(len(g["params"]) for g in (*decayed, others)) == len(list(module.tokenizer.parameters()))

@@ -169,7 +169,8 @@ class Generator(Pretrained):
         generator: Seeds = None,
         given: Tokens | None = None,
         keep: Tensor | None = None,
-        jacobi: int = 1,
+        speculative: int = 1,
+        draft: Generator | None = None,
         compile: bool = False,
         progress: bool = False,
     ) -> tuple[Tokens, SamplingReport]:
@@ -185,8 +186,10 @@ class Generator(Pretrained):
             given: tokens that stay, one item for all images or one for each; the others are drawn around them, each knowing
                 those before it in decoding order. Fewer positions than the layout's complete a prefix.
             keep: bool (B or 1, N), which of the given tokens stay; None keeps all real ones.
-            jacobi: guess and check this many steps in one call of the transformer; the ids stay those of 1, up to rounding,
-                and it is faster where pictures are predictable. See `tokgen.generators.decoding`.
+            speculative: guess and check this many steps in one call of the transformer; the ids stay those of 1, up to
+                rounding. See `tokgen.generators.decoding`.
+            draft: a smaller generator that guesses, such as `self.int8()`; without one the picture itself does, which
+                pays off only where pictures repeat themselves.
             compile: compile the decoding step; slow in the first call, then faster. Needs a C++ compiler on the CPU.
             progress: show a progress bar.
 
@@ -216,7 +219,16 @@ class Generator(Pretrained):
         prompt, mask = self.encode_prompts(prompts, pad_to=self.max_text if compile else None)
         stays = None if given is None else self._given(given, keep, len(prompts))
         ids, report = decoding.generate(
-            self, prompt, mask, settings, seeds, given=stays, jacobi=jacobi, compile=compile, progress=progress
+            self,
+            prompt,
+            mask,
+            settings,
+            seeds,
+            given=stays,
+            speculative=speculative,
+            draft=draft,
+            compile=compile,
+            progress=progress,
         )
         ids = ids if len(self.codebook_sizes) > 1 else ids[..., 0]
         return Tokens(ids, self.layout, self.codebook_sizes, tokenizer=self.tokenizer_fingerprint), report

@@ -3,11 +3,15 @@
 Conditional and unconditional rows go through the model as one batch, over a static cache. The grammar needs no masks: the
 number of steps follows from the layout, and a step's logits are those of its own codebook alone.
 
-**Jacobi decoding.** With its noise fixed, a step's ids are a function of the ids before it (Gumbel-max). So a whole block of
-W steps can be guessed, run through the transformer in one call, and checked: the first step of the block is right, and so is
-each further one whose inputs were guessed right (Jacobi iteration: Santilli et al. 2023, arXiv 2305.10427). What comes out
-are the ids that step-by-step decoding gives with the same seed, not merely ids of the same distribution, as with the
-acceptance by chance of Teng et al. 2024 (arXiv 2410.01699). The price: a guess counts only if it is hit exactly.
+**Speculative decoding.** With its noise fixed, a step's ids are a function of the ids before it (Gumbel-max). So a whole
+block of W steps can be guessed, run through the transformer in one call, and checked: the first step of the block is right,
+and so is each further one whose inputs were guessed right. What comes out are the ids that step-by-step decoding gives with
+the same seed, not merely ids of the same distribution, as with acceptance by chance (Leviathan et al. 2023, arXiv 2211.17192;
+Teng et al. 2024, arXiv 2410.01699). The price: a guess counts only if it is hit exactly.
+
+Guesses come from a smaller model that draws with the same noise, such as the generator's own int8 copy (the coupling makes two
+nearly equal models draw the same id nearly always), or without one from the picture itself, and from what the block drew
+before (Jacobi iteration: Santilli et al. 2023, arXiv 2305.10427).
 """
 
 from __future__ import annotations
@@ -31,9 +35,8 @@ from tokgen.nn.attention import KVCache, prefix_attention
 from tokgen.tokens import Grid
 
 if TYPE_CHECKING:
-    from tokgen.generators.llama import LlamaGenerator
+    from tokgen.generators.llama import Head, LlamaGenerator
 
-Head = tuple[Tensor, Tensor | None]
 DRAW = -1  # in `fixed`: this id is drawn, not given
 
 
@@ -47,6 +50,7 @@ class SamplingReport:
         images, ids: how many were drawn; ids counts every codebook, and not those that were given.
         steps: decoding steps per image that were drawn.
         calls: of the transformer, the prompt's included.
+        draft_calls: of the model that guesses, likewise; 0 without one.
         prefill_seconds, decode_seconds: wall-clock; the first includes the first step's draw, the second any compilation.
         compiled: whether the decoding step was compiled.
     """
@@ -57,6 +61,7 @@ class SamplingReport:
     ids: int
     steps: int
     calls: int
+    draft_calls: int
     prefill_seconds: float
     decode_seconds: float
     compiled: bool
@@ -67,7 +72,7 @@ class SamplingReport:
 
     @property
     def steps_per_call(self) -> float:
-        """Steps accepted per call of the transformer; 1 without Jacobi decoding."""
+        """Steps accepted per call of the transformer; 1 without speculative decoding."""
         return self.steps / max(self.calls, 1)
 
 
@@ -196,7 +201,8 @@ def generate(
     seeds: Sequence[int],
     *,
     given: tuple[Tensor, Tensor] | None = None,
-    jacobi: int = 1,
+    speculative: int = 1,
+    draft: LlamaGenerator | None = None,
     compile: bool = False,
     progress: bool = False,
 ) -> tuple[Tensor, SamplingReport]:
@@ -207,21 +213,24 @@ def generate(
         seeds: B of them.
         given: ids (B, N, C) and which of them stay, bool (B, N, C); the others are drawn, each given those before it in
             decoding order, drawn or not. Steps that all images have from the start cost one call together.
-        jacobi: steps W of a block; 1 decodes step by step. A batch advances by the fewest steps that any of its images
+        speculative: steps W of a block; 1 decodes step by step. A batch advances by the fewest steps that any of its images
             accepts.
+        draft: model that guesses, of the same condition, layout and codebooks; None guesses without one.
 
     Returns:
         ids int64 (B, N, C) in the layout's order, and what was done.
 
     Raises:
-        ConfigError: jacobi below 1.
+        ConfigError: `speculative` below 1, or a draft of other steps or codes.
     """
-    if jacobi < 1:
-        raise ConfigError(f"jacobi={jacobi}; expected a number of steps of at least 1")
+    if speculative < 1:
+        raise ConfigError(f"speculative={speculative}; expected a number of steps of at least 1")
+    if draft is not None:
+        _check_draft(model, draft, speculative)
     training = model.training
     model.eval()  # no dropout; as it was afterwards
     try:
-        return _generate(model, prompt, prompt_mask, settings, seeds, given, jacobi, compile, progress)
+        return _generate(model, prompt, prompt_mask, settings, seeds, given, speculative, draft, compile, progress)
     finally:
         model.train(training)
 
@@ -233,7 +242,8 @@ def _generate(
     settings: SamplingSettings,
     seeds: Sequence[int],
     given: tuple[Tensor, Tensor] | None,
-    jacobi: int,
+    speculative: int,
+    draft: LlamaGenerator | None,
     compile: bool,
     progress: bool,
 ) -> tuple[Tensor, SamplingReport]:
@@ -254,52 +264,42 @@ def _generate(
         out = torch.where(fixed == DRAW, out, fixed)
     given_ids = 0 if fixed is None else int((fixed != DRAW).sum())
 
-    x, mask = model.prefix(prompt, prompt_mask)
-    prefix = x.shape[1]
-    rope, head = model.rope(mask), model.head()
-    length = prefix + model.steps - 1
-    cache = model.new_cache(len(x), length)
-    keys = F.pad(mask, (0, length - prefix), value=True)
-    keys = keys if compile or not bool(mask.all()) else None
+    run = _Run(model, prompt, prompt_mask, guided, compile)
     calls = 0
     if done < model.steps:
-        if done:
-            known = model.embed(out[:, :done])
-            x = torch.cat([x, known.repeat(2, 1, 1) if guided else known], 1)
-            mask = F.pad(mask, (0, done), value=True)
-        part = slice(done, done + 1)
-        out[:, part] = draw_steps(
-            model, head, prefill(model, x, mask, rope, cache), done % codebooks,
-            None if noise is None else noise.of(done, 1), None if weights is None else weights[part],
-            None if fixed is None else fixed[:, part], settings,
-        )  # fmt: skip
+        out[:, done : done + 1] = run.prefill(out, done, noise, weights, fixed, settings)
         calls, done = 1, done + 1
     first = done
+    guesser = None
+    if draft is not None and done < model.steps:
+        guesser = _Run(draft, prompt, prompt_mask, guided, compile)
+        guesser.prefill(out, done - 1, noise, weights, fixed, settings)
+    drafted = done  # steps below this were drawn by the draft, or are final, and their inputs are in its cache
+    guessed = done  # steps below this hold an id: final, given or guessed
     _synchronise(device)
     prefilled = time.perf_counter()
 
-    step = compiled_decode_block(device.type) if compile else decode_block
-    width = max(min(jacobi, model.steps - first), 1)
-    guessed = first  # steps below this hold an id: final, given or guessed
+    width = max(min(speculative, model.steps - first), 1)
     with _bar(model.steps - first, progress) as advance:
         while done < model.steps:
             low = min(done, model.steps - width)  # at the end the block reaches back, so that its width stays
-            guessed = _guess(model, out, fixed, guessed, low + width)
-            part = slice(low, low + width)
-            at = torch.arange(prefix + low - 1, prefix + low - 1 + width, device=device)
-            drawn = step(
-                model, head, out[:, low - 1 : low - 1 + width], (low - 1) % codebooks, at,
-                None if compile else prefix + low - 1 + width, keys, rope, cache,
-                None if noise is None else noise.of(low, width), None if weights is None else weights[part],
-                None if fixed is None else fixed[:, part], settings,
-            )  # fmt: skip
+            if noise is not None:
+                noise.forget(min(low, drafted))
+            if guesser is None:
+                guessed = _guess(model, out, fixed, guessed, low + width)
+            else:
+                for k in range(drafted, low + width - 1):  # the last step of a block is nobody's input
+                    ids = guesser.step(out, k, 1, noise, weights, fixed, settings)
+                    if k >= done:
+                        out[:, k : k + 1] = ids
+            drawn = run.step(out, low, width, noise, weights, fixed, settings)
             skip = done - low  # steps of the block that were final before
-            hit = (
-                (drawn == out[:, part])[:, skip:-1].all(-1).all(0)
-            )  # the guesses that turned out right, over all images
+            # the guesses that turned out right, over all images
+            hit = (drawn == out[:, low : low + width])[:, skip:-1].all(-1).all(0)
             accepted = 1 if width - skip == 1 else 1 + int(hit.int().cumprod(0).sum())
             out[:, done : low + width] = drawn[:, skip:]
             done, calls = done + accepted, calls + 1
+            drafted = min(low + width - 1, done)
             advance(accepted)
     _synchronise(device)
     report = SamplingReport(
@@ -309,6 +309,7 @@ def _generate(
         ids=out.numel() - given_ids,
         steps=0 if not calls else model.steps - first + 1,
         calls=calls,
+        draft_calls=0 if guesser is None else guesser.calls,
         prefill_seconds=prefilled - start,
         decode_seconds=time.perf_counter() - prefilled,
         compiled=compile,
@@ -316,8 +317,79 @@ def _generate(
     return from_windows(out, model.order, codebooks), report
 
 
+class _Run:
+    """One model over one batch: its cache, and where its steps lie in it.
+
+    Args:
+        prompt, prompt_mask: all rows, the unconditional ones last if `guided`.
+    """
+
+    def __init__(self, model: LlamaGenerator, prompt: Tensor, prompt_mask: Tensor, guided: bool, compile: bool) -> None:
+        self.model, self.guided, self.compile = model, guided, compile
+        self.x, self.mask = model.prefix(prompt, prompt_mask)  # (rows, P, dim), (rows, P)
+        self.prefix = self.x.shape[1]
+        self.rope, self.head = model.rope(self.mask), model.head()
+        length = self.prefix + model.steps - 1
+        self.cache = model.new_cache(len(self.x), length)
+        keys = F.pad(self.mask, (0, length - self.prefix), value=True)
+        self.keys = keys if compile or not bool(self.mask.all()) else None
+        self.decode = compiled_decode_block(model.device.type) if compile else decode_block
+        self.calls = 0
+
+    def prefill(
+        self,
+        out: Tensor,
+        done: int,
+        noise: _StepNoise | None,
+        weights: Tensor | None,
+        fixed: Tensor | None,
+        settings: SamplingSettings,
+    ) -> Tensor:
+        """Run the prompt and the first `done` steps of `out`; gives the ids of the step after them, (images, 1, slots)."""
+        x, mask = self.x, self.mask
+        if done:
+            known = self.model.embed(out[:, :done])
+            x = torch.cat([x, known.repeat(2, 1, 1) if self.guided else known], 1)
+            mask = F.pad(mask, (0, done), value=True)
+        self.calls += 1
+        hidden = prefill(self.model, x, mask, self.rope, self.cache)
+        return draw_steps(
+            self.model, self.head, hidden, done % len(self.model.codebook_sizes), *_of(noise, weights, fixed, done, 1), settings
+        )  # fmt: skip
+
+    def step(
+        self,
+        out: Tensor,
+        low: int,
+        width: int,
+        noise: _StepNoise | None,
+        weights: Tensor | None,
+        fixed: Tensor | None,
+        settings: SamplingSettings,
+    ) -> Tensor:
+        """The ids of steps low … low + width - 1, from the steps of `out` before each: (images, width, slots)."""
+        start = self.prefix + low - 1
+        self.calls += 1
+        return self.decode(
+            self.model, self.head, out[:, low - 1 : low - 1 + width], (low - 1) % len(self.model.codebook_sizes),
+            torch.arange(start, start + width, device=out.device), None if self.compile else start + width,
+            self.keys, self.rope, self.cache, *_of(noise, weights, fixed, low, width), settings,
+        )  # fmt: skip
+
+
+def _of(
+    noise: _StepNoise | None, weights: Tensor | None, fixed: Tensor | None, low: int, width: int
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
+    """Noise, guidance weights and given ids of steps low … low + width - 1."""
+    return (
+        None if noise is None else noise.of(low, width),
+        None if weights is None else weights[low : low + width],
+        None if fixed is None else fixed[:, low : low + width],
+    )
+
+
 class _StepNoise:
-    """The noise of each step, drawn once and in order, and kept while a block may still need it."""
+    """The noise of each step, drawn once and in order, and kept until it is forgotten."""
 
     def __init__(self, model: LlamaGenerator, seeds: Sequence[int], device: torch.device) -> None:
         self.noise, self.slots, self.sizes = Noise(seeds, device), model.slots, model.codebook_sizes
@@ -325,14 +397,29 @@ class _StepNoise:
         self.following = 0
 
     def of(self, step: int, count: int) -> list[Tensor]:
-        """Of `count` steps from `step` on, which never decreases by more than a block."""
+        """Of `count` steps from `step` on."""
         while self.following < step + count:
             size = self.sizes[self.following % len(self.sizes)]
             self.kept[self.following] = self.noise.draw(self.slots, size)
             self.following += 1
-        for old in [k for k in self.kept if k < step]:
-            del self.kept[old]
         return [self.kept[k] for k in range(step, step + count)]
+
+    def forget(self, below: int) -> None:
+        for old in [k for k in self.kept if k < below]:
+            del self.kept[old]
+
+
+def _check_draft(model: LlamaGenerator, draft: LlamaGenerator, speculative: int) -> None:
+    same = ("layout", "codebook_sizes", "steps", "slots")
+    if any(getattr(model, name) != getattr(draft, name) for name in same) or model.device != draft.device:
+        raise ConfigError(
+            f"the draft draws {draft.layout} of {draft.codebook_sizes} in {draft.steps} steps on {draft.device}, the generator "
+            f"{model.layout} of {model.codebook_sizes} in {model.steps} on {model.device}; they must agree"
+        )
+    if speculative == 1:
+        raise ConfigError(
+            "a draft guesses nothing with speculative=1; set speculative to the steps of a block, such as 8"
+        )
 
 
 def _as_steps(model: LlamaGenerator, given: tuple[Tensor, Tensor] | None) -> Tensor | None:

@@ -16,9 +16,12 @@ A step is one codebook of one window: window^2 ids. The prediction shifts by one
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +41,10 @@ from tokgen.generators.token_shuffle import (
     window_order,
 )
 from tokgen.nn.attention import Attention, DecoderBlock, KVCache, RMSNorm, SwiGLU, prefix_attention, rope_table
+from tokgen.nn.int8 import Int8Linear, Int8Weight, to_int8
 from tokgen.tokens import Grid, Layout
 
+Head = tuple[Tensor | Int8Weight, Tensor | None]
 CHOICES = {
     "condition": ("text", "class", "features"),
     "rope": ("1d", "2d"),
@@ -337,20 +342,24 @@ class LlamaGenerator(Generator):
         """
         return self.window_head(slots, self.tok_embeddings(before))
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
+    def head(self) -> Head:
         """Weight (V, channels) and bias of the map from a slot to code logits; with windows, expand and head in one."""
+        if isinstance(self.output, Int8Linear):
+            return self.output.weight, self.output.bias
         if self.window_head is not None:
             return self.window_head.folded(self.output.weight)
         if self.config.window > 1:
             return self.unshuffle.folded(self.output.weight)
         return self.output.weight, None
 
-    def code_logits(self, slots: Tensor, codebook: int, head: tuple[Tensor, Tensor | None]) -> Tensor:
+    def code_logits(self, slots: Tensor, codebook: int, head: Head) -> Tensor:
         """float32 logits (..., K) over one codebook's own ids."""
         low, high = self.codebook_ranges[codebook]
         weight, bias = head
         if len(self.codebook_sizes) > 1:
             weight, bias = weight[low:high], None if bias is None else bias[low:high]
+        if isinstance(weight, Int8Weight):
+            return weight.linear(slots, bias).float()
         return F.linear(slots, weight, bias).float()
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -365,6 +374,24 @@ class LlamaGenerator(Generator):
             c.n_layers, batch, c.n_kv_heads or c.n_heads, length, c.dim // c.n_heads,
             device=weight.device, dtype=dtype or weight.dtype,
         )  # fmt: skip
+
+    def int8(self) -> LlamaGenerator:
+        """A copy with int8 weights in all linear layers, to draw with or to guess for speculative decoding; embeddings and
+        norms stay. It cannot be trained or saved.
+        """
+        made = copy.deepcopy(self).eval().requires_grad_(False)
+        if isinstance(self.output, Int8Linear):
+            return made
+        weight, bias = self.head()
+        to_int8(made)
+        made.output = Int8Linear(weight, bias)
+        return made
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> Path:
+        """As `Generator.save_pretrained`. Raises ConfigError for an int8 copy."""
+        if isinstance(self.output, Int8Linear):
+            raise ConfigError("this generator is an int8 copy for drawing; save the one that it was made from")
+        return super().save_pretrained(folder, **kwargs)
 
     # -- training -------------------------------------------------------------------------------------------------------
 

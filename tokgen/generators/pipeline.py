@@ -148,7 +148,7 @@ class TextToImagePipeline:
                 each image drawn); what stays of it are its tokens.
             mask_image: where to paint: a PIL image, or a tensor (H, W) or (B, 1, H, W) in [0, 1], white (above 0.5) for what
                 is drawn anew. A token is drawn anew if any of its pixels is.
-            arguments: `schedule`, `guidance_interval`, `guidance_power`, `given`, `keep`, `jacobi`, `compile`, `progress` of
+            arguments: `schedule`, `guidance_interval`, `guidance_power`, `given`, `keep`, `speculative`, `draft`, `compile`, `progress` of
                 `Generator.sample`.
 
         Raises:

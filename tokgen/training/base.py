@@ -311,13 +311,23 @@ class TrainingModule(L.LightningModule):
         raise NotImplementedError
 
 
-def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: matrices and kernels are decayed as it says, vectors and codebooks are not."""
+def decay_groups(module: nn.Module, heads: Iterable[nn.Module] = ()) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: matrices and kernels are decayed as it says, vectors and codebooks are not.
+
+    The matrices of linear layers inside are a group of their own, marked `hidden`, for optimizers that treat them apart.
+
+    Args:
+        heads: linear layers that give logits, which are not hidden.
+    """
     codebooks = {id(p) for m in module.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    outside = {id(p) for head in heads for p in head.parameters()}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - codebooks - outside
     parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in codebooks]
+    hidden = [p for p in parameters if id(p) in linear]
+    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in codebooks | linear]
     others = [p for p in parameters if p.ndim <= 1 or id(p) in codebooks]
-    return [g for g in ({"params": decayed}, {"params": others, "weight_decay": 0.0}) if g["params"]]
+    groups = ({"params": hidden, "hidden": True}, {"params": decayed}, {"params": others, "weight_decay": 0.0})
+    return [g for g in groups if g["params"]]
 
 
 def _mutable(module: nn.Module) -> list[Tensor]:

@@ -467,7 +467,8 @@ class GeneratorModule(TrainingModule):
 
     def configure_optimizers(self) -> list[Optimizer]:
         trained = nn.ModuleList(m for m in (self.generator, self.projector) if m is not None)
-        return self.adopt(self.make_optimizer(decay_groups(trained)))
+        heads = [m for m in (getattr(self.generator, "output", None),) if m is not None]
+        return self.adopt(self.make_optimizer(decay_groups(trained, heads)))
 
     # -- training -----------------------------------------------------------------------------------------------------
 

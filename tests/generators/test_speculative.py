@@ -22,12 +22,14 @@ SETTINGS = {"guidance_scale": 2.0, "schedule": "linear", "top_k": 12, "generator
 def test_ids_are_those_of_step_by_step_decoding(make, captions, options, width):
     model = make(**options)
     plain, one = model.sample(captions[:2], **SETTINGS)
-    tokens, report = model.sample(captions[:2], jacobi=width, **SETTINGS)
+    tokens, report = model.sample(captions[:2], speculative=width, **SETTINGS)
     assert torch.equal(tokens.ids, plain.ids)
     assert one.calls == one.steps == model.steps == report.steps
     assert report.calls <= model.steps
     greedy = {"temperature": 0.0}
-    assert torch.equal(model.generate(captions, jacobi=width, **greedy).ids, model.generate(captions, **greedy).ids)
+    assert torch.equal(
+        model.generate(captions, speculative=width, **greedy).ids, model.generate(captions, **greedy).ids
+    )
 
 
 def test_right_guesses_save_calls(make, captions):
@@ -38,7 +40,7 @@ def test_right_guesses_save_calls(make, captions):
             p.zero_()
         model.norm.weight.zero_()
     plain, _ = model.sample(captions, temperature=0)
-    tokens, report = model.sample(captions, temperature=0, jacobi=5)
+    tokens, report = model.sample(captions, temperature=0, speculative=5)
     assert torch.equal(tokens.ids, plain.ids)
     assert report.calls == 1 + 3  # 15 steps after the first, five at a time
     assert report.steps_per_call == 4
@@ -54,19 +56,58 @@ def test_the_distribution_is_the_models(make):
     p = logits.gather(-1, pictures[..., None]).sum((1, 2)).exp()  # (27,)
     assert abs(p.sum().item() - 1) < 1e-5 and p.max() > 1.5 / 27  # not uniform
     draws = 6000
-    tokens, _ = model.sample(prompt * draws, generator=0, jacobi=2)
+    tokens, _ = model.sample(prompt * draws, generator=0, speculative=2)
     index = (tokens.ids * torch.tensor([9, 3, 1])).sum(1)
     counts = index.bincount(minlength=27)
     chi2 = ((counts - draws * p).square() / (draws * p)).sum().item()
     assert chi2 < 54.1  # 26 degrees of freedom, 0.1 %
     # blocks of one image each accept what they may, and still follow the distribution
-    some = torch.cat([model.generate(prompt, generator=i, jacobi=2).ids for i in range(50)])
-    assert torch.equal(some, tokens.ids[:50])
+    for draft in (None, model.int8()):
+        some = torch.cat([model.generate(prompt, generator=i, speculative=2, draft=draft).ids for i in range(50)])
+        assert torch.equal(some, tokens.ids[:50])
 
 
-def test_a_block_of_none_is_refused(make):
-    with pytest.raises(ConfigError, match="jacobi=0"):
-        make().generate(["cat"], jacobi=0)
+def test_a_block_of_none_and_a_draft_of_other_steps_are_refused(make):
+    model = make(window=2)
+    with pytest.raises(ConfigError, match="speculative=0"):
+        model.generate(["cat"], speculative=0)
+    with pytest.raises(ConfigError, match="speculative=1"):
+        model.generate(["cat"], draft=model.int8())
+    with pytest.raises(ConfigError, match="in 16 steps"):
+        model.generate(["cat"], draft=make(), speculative=4)
+
+
+# -- drafts ---------------------------------------------------------------------------------------------------------------
+
+
+@each_variant
+@pytest.mark.parametrize("kind", ["int8", "another model"])
+def test_ids_do_not_depend_on_the_draft(make, captions, options, kind):
+    model = make(**options)
+    draft = model.int8() if kind == "int8" else make(**options)
+    for settings in (SETTINGS, {"temperature": 0.0}):
+        plain = model.generate(captions[:3], **settings)
+        tokens, report = model.sample(captions[:3], speculative=4, draft=draft, **settings)
+        assert torch.equal(tokens.ids, plain.ids)
+        assert (report.draft_calls > 0) == (model.steps > 1) and report.calls <= model.steps
+
+
+def test_a_perfect_draft_is_accepted_whole(make, captions):
+    model = make()
+    tokens, report = model.sample(captions, speculative=5, draft=model, **SETTINGS)
+    assert torch.equal(tokens.ids, model.generate(captions, **SETTINGS).ids)
+    assert report.calls == 1 + 3 and report.steps_per_call == 4  # 15 steps after the first, five at a time
+    # the prompt, four guesses a block, and from the second block on the step that the block before left out
+    assert report.draft_calls == 1 + 4 + 5 + 5
+
+
+def test_a_draft_knows_what_is_given(make, captions):
+    model = make(window=2)
+    given, keep = all_ids(model, 4), torch.rand(4, 16) < 0.4
+    settings = {"given": given, "keep": keep, **SETTINGS}
+    tokens, report = model.sample(captions, speculative=3, draft=model, **settings)
+    assert torch.equal(tokens.ids, model.generate(captions, **settings).ids)
+    assert report.calls == 1 + 1  # four steps: the first, and a block of three
 
 
 # -- given ids ------------------------------------------------------------------------------------------------------------
@@ -84,11 +125,11 @@ def test_given_ids_stay_and_the_others_are_drawn_in_order(make, captions, option
     model = make(**options)
     given = all_ids(model, 2)
     keep = torch.rand(2, model.layout.length) < 0.5
-    tokens, report = model.sample(captions[:2], given=given, keep=keep, jacobi=width, **SETTINGS)
+    tokens, report = model.sample(captions[:2], given=given, keep=keep, speculative=width, **SETTINGS)
     assert torch.equal(tokens.ids[keep], given.ids[keep])
     assert report.ids == (~keep).sum() * len(model.codebook_sizes)
     # every drawn id is the greedy choice given all before it, given ones included
-    greedy = model.generate(captions[:2], given=given, keep=keep, jacobi=width, temperature=0).ids
+    greedy = model.generate(captions[:2], given=given, keep=keep, speculative=width, temperature=0).ids
     best = model(*model.encode_prompts(captions[:2]), greedy).logits.argmax(-1)
     assert torch.equal(greedy[~keep], best[~keep])
 
@@ -140,7 +181,7 @@ def test_compiled_blocks_with_given_ids_are_the_eager_ones(make, captions):
         pytest.skip("no C++ compiler")
     model = make(window=2, window_head="autoregressive")
     given, keep = all_ids(model, 4), torch.rand(4, 16) < 0.3
-    settings = {"given": given, "keep": keep, "jacobi": 2, **SETTINGS}
+    settings = {"given": given, "keep": keep, "speculative": 2, **SETTINGS}
     tokens, report = model.sample(captions, compile=True, **settings)
     assert report.compiled
     assert torch.equal(tokens.ids, model.generate(captions, **settings).ids)
@@ -151,5 +192,6 @@ def test_the_loop_never_reads_beyond_the_noise_it_keeps(make, captions):
     noise = decoding._StepNoise(model, [1, 2], torch.device("cpu"))
     first = noise.of(0, 4)
     assert [tuple(n.shape) for n in first] == [(2, 1, 24), (2, 1, 9), (2, 1, 24), (2, 1, 9)]
+    noise.forget(2)
     assert all(torch.equal(a, b) for a, b in zip(noise.of(2, 3)[:2], first[2:]))
     assert sorted(noise.kept) == [2, 3, 4]
