@@ -151,6 +151,8 @@ def sample(
     top_p: float | None = None,
     min_p: float | None = None,
     scale: int = 1,
+    precision: Literal["float32", "bfloat16", "int8"] = "float32",
+    speculative: int = 1,
     compile: bool = False,
     device: str | None = None,
 ) -> None:
@@ -169,6 +171,9 @@ def sample(
         top_p: draw among the likeliest codes that make up this probability (1: all).
         min_p: drop codes less likely than this share of the likeliest (0: none).
         scale: enlarge the pictures by this whole number when writing.
+        precision: of the generator; int8 keeps weights in 8 bits and is the fastest for few pictures.
+        speculative: let an int8 copy guess this many steps ahead (8 is a good number), checked by the generator in one
+            call: the same pictures, sooner. For few pictures in float32 or bfloat16.
         compile: compile the decoding step; pays off for many or large pictures.
         device: such as "cuda:0"; the best there is without it.
     """
@@ -177,7 +182,7 @@ def sample(
 
     if not prompts or any(not p.strip() for p in prompts):
         raise InputError('a prompt is empty; say what to draw, such as "red heart, 3d style"')
-    pipeline = TextToImagePipeline.from_pretrained(model).to(device or _best_device())
+    pipeline = TextToImagePipeline.from_pretrained(model, device=device or _best_device(), precision=precision)
     count = len(prompts) * num_images_per_prompt
     given = {
         "guidance_scale": guidance_scale, "schedule": guidance_schedule, "temperature": temperature,
@@ -188,14 +193,19 @@ def sample(
         num_images_per_prompt=num_images_per_prompt,
         generator=[seed + i for i in range(count)],
         output_type="pt",
+        speculative=speculative,
+        draft=pipeline.generator.int8() if speculative > 1 else None,
         compile=compile,
+        progress=sys.stderr.isatty(),
         **{name: value for name, value in given.items() if value is not None},
     )
     pixels = result.images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     settings = {**result.settings, "prompts": prompts, "seed": seed, "num_images_per_prompt": num_images_per_prompt}
     columns = num_images_per_prompt if num_images_per_prompt > 1 else None
     write_png(pixels[0] if count == 1 else image_grid(pixels, columns), out, settings)
-    print(f"{count} picture(s) drawn to {out}")
+    report = result.report
+    steps = f", {report.steps_per_call:.1f} steps a call" if speculative > 1 else ""
+    print(f"{count} picture(s) drawn to {out}, {report.ids_per_second:.0f} tokens/s{steps}")
 
 
 def check(target: str) -> None:

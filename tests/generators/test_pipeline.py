@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokgen.errors import CheckpointError, InputError, TokenizerMismatch
+from tokgen.errors import CheckpointError, ConfigError, InputError, TokenizerMismatch
 from tokgen.generators.pipeline import TextToImagePipeline
 from tokgen.tokenizers.base import TOKENIZERS
 
@@ -114,3 +114,55 @@ def test_bad_calls_are_named(pipe):
         pipe("cat", num_images_per_prompt=0)
     with pytest.raises(InputError, match="at least one"):
         pipe([])
+
+
+# -- in-painting ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_masked_keeps_its_tokens(pipe, tokenizer):
+    side, f = 4 * tokenizer.factor, tokenizer.factor
+    picture = Image.fromarray((np.random.default_rng(0).random((side, side, 3)) * 255).astype(np.uint8))
+    mask = np.zeros((side, side), np.uint8)
+    mask[f + 1, f + 1] = 255  # one pixel of token (1, 1)
+    own = tokenizer.encode([picture])
+    out = pipe(["cat", "red heart"], image=picture, mask_image=Image.fromarray(mask), generator=0, output_type="tokens")
+    same = (out.tokens.ids == own.ids).all(0)
+    same[5] = False  # it may come out equal by chance
+    assert same.tolist() == [i != 5 for i in range(16)]
+    assert out.report.ids == 2
+    everywhere = torch.ones(side, side)
+    drawn = pipe("cat", image=picture, mask_image=everywhere, generator=0, output_type="tokens").tokens.ids
+    assert torch.equal(drawn, pipe("cat", generator=0, output_type="tokens").tokens.ids)
+
+
+def test_a_mask_that_does_not_fit_is_named(pipe):
+    picture = torch.zeros(1, 3, 4 * pipe.tokenizer.factor, 4 * pipe.tokenizer.factor)
+    with pytest.raises(InputError, match="mask_image"):
+        pipe("cat", image=picture)
+    with pytest.raises(InputError, match=r"\(3, 3\)"):
+        pipe("cat", image=picture, mask_image=torch.zeros(3, 3))
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_precisions_draw_nearly_the_same(pipe, captions, tmp_path):
+    folder = pipe.save_pretrained(tmp_path / "model")
+    drawn = {}
+    for precision in ("float32", "bfloat16", "int8"):
+        loaded = TextToImagePipeline.from_pretrained(folder, precision=precision)
+        out = loaded(captions, generator=0, output_type="tokens")
+        assert out.settings["precision"] == precision
+        drawn[precision] = out.tokens.ids
+    assert torch.equal(drawn["float32"], pipe(captions, generator=0, output_type="tokens").tokens.ids)
+    for precision in ("bfloat16", "int8"):
+        # the first step's noise decides nearly always alike; later ones follow what came before
+        assert (drawn[precision][:, 0] == drawn["float32"][:, 0]).float().mean() >= 0.75
+    assert (
+        next(TextToImagePipeline.from_pretrained(folder, precision="bfloat16").generator.parameters()).dtype
+        == torch.bfloat16
+    )
+    with pytest.raises(ConfigError, match="fp4"):
+        TextToImagePipeline.from_pretrained(folder, precision="fp4")
+    with pytest.raises(ConfigError, match="int8 copy"):
+        TextToImagePipeline.from_pretrained(folder, precision="int8").save_pretrained(tmp_path / "again")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokgen.errors import CheckpointError, InputError
+from tokgen.errors import CheckpointError, ConfigError, InputError
 from tokgen.generators.base import Generator
 from tokgen.pretrained import CONFIG, resolve
 from tokgen.tokens import Grid, Layout, Tokens
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tokgen.tokenizers.base import VisualTokenizer
 
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclass
@@ -62,6 +63,7 @@ class TextToImagePipeline:
     def __init__(self, generator: Generator, tokenizer: VisualTokenizer) -> None:
         generator.check_tokenizer(tokenizer)
         self.generator, self.tokenizer = generator.eval(), tokenizer.eval()
+        self.precision = "float32"
 
     @classmethod
     def from_pretrained(
@@ -70,19 +72,25 @@ class TextToImagePipeline:
         tokenizer: str | os.PathLike[str] | VisualTokenizer | None = None,
         revision: str | None = None,
         device: torch.device | str | None = None,
+        precision: str = "float32",
     ) -> TextToImagePipeline:
         """Load a generator's folder or Hub repository and the tokenizer it names or holds.
 
         Args:
             tokenizer: another place of the tokenizer, or the tokenizer itself.
+            precision: of the generator: "float32", "bfloat16", or "int8" (weights; see `LlamaGenerator.int8`). The
+                tokenizer stays in float32.
 
         Raises:
+            ConfigError: an unknown precision.
             CheckpointError: a part is missing, damaged or of the wrong kind.
             TokenizerMismatch: the two do not belong together.
         """
         from tokgen.hub import load
         from tokgen.tokenizers.base import VisualTokenizer
 
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision={precision!r}; expected one of {', '.join(PRECISIONS)}")
         folder = resolve(path_or_repo, revision)
         generator = load(folder)
         if not isinstance(generator, Generator):
@@ -102,7 +110,10 @@ class TextToImagePipeline:
                 raise CheckpointError(
                     f"{place} holds a {type(tokenizer).__name__}; expected a visual tokenizer's folder"
                 )
-        pipeline = cls(generator, tokenizer)
+        if precision == "bfloat16":
+            generator.to(torch.bfloat16)
+        pipeline = cls(generator.int8() if precision == "int8" else generator, tokenizer)
+        pipeline.precision = precision
         return pipeline if device is None else pipeline.to(device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
@@ -196,6 +207,7 @@ class TextToImagePipeline:
             "seeds": list(report.seeds),
             **settings,
             "guidance_interval": list(settings["guidance_interval"]),
+            "precision": self.precision,
             "generator": self.generator.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "tokgen_version": tokgen.__version__,
