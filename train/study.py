@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "assets/demo/shards"
 DRAWN = 1024  # training captions that are drawn for the Frechet distance
+RECALLED = 512  # of them, drawn greedily for recall
 
 WINDOWS = {  # hidden makes the parameters equal to 1 %
     "window 1": {"window": 1, "hidden": 576},
@@ -39,15 +40,16 @@ ARRA = {
 }
 CAPTIONS = {
     "as the recipe": [],
-    "caption variants, half of the time": ["--data.caption_variants", "0.5"],
+    "AdamW alone": ["--model.init_args.optimizer", '{"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.002, "betas": [0.9, 0.98], "weight_decay": 0.02}}'],
+    "caption variants and keywords, half of the time": ["--data.caption_variants", "0.5"],
     "a fifth of the words dropped": ["--data.caption_word_dropout", "0.2"],
+    "a fifth of the codes dropped": ["--model.init_args.config.code_dropout", "0.2"],
     "dropout 0.1": [
         "--model.init_args.config.token_dropout=0.1", "--model.init_args.config.residual_dropout=0.1",
         "--model.init_args.config.ffn_dropout=0.1",
     ],
     "style not an id of its own": ["--model.init_args.text.special_words", "[]"],
     "vocabulary of 512": ["--model.init_args.text.vocab_size", "512"],
-    "vocabulary of 4096": ["--model.init_args.text.vocab_size", "4096"],
 }  # fmt: skip
 
 
@@ -110,6 +112,10 @@ def measure(run: Path, teacher: str) -> dict:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
     validation = {int(row["step"]): row["val/loss"] for row in rows if "val/loss" in row}
+    losses = {int(row["step"]): row["train/ce"] for row in rows if "train/ce" in row}
+    training = {  # the mean over the 100 steps before each validation
+        at: statistics.mean(loss for step, loss in losses.items() if at - 100 < step <= at) for at in validation
+    }
     pipeline = TextToImagePipeline.from_pretrained(run / "generator")
     known, captions, about = read_pictures(SHARDS / "train")
     unseen, unseen_captions, unseen_about = read_pictures(SHARDS / "val")
@@ -126,8 +132,10 @@ def measure(run: Path, teacher: str) -> dict:
     started = time.time()
     drawn = draw([captions[i] for i in chosen], temperature=1.0, guidance_scale=1.0)
     seconds = (time.time() - started) / DRAWN
+    again = draw([captions[i] for i in chosen[:RECALLED]], temperature=0.0, guidance_scale=1.5)
     new = draw(unseen_captions, temperature=0.0, guidance_scale=1.5)
     references, everything = torch.cat([known, unseen]), [*about, *unseen_about]
+    recalled = evaluate_retrieval(again, references, chosen[:RECALLED], space)
     retrieved = evaluate_retrieval(new, references, len(known) + torch.arange(len(unseen)), space)
     nearest = [everything[int(i)] for i in retrieved.nearest]
     share = lambda key: sum(a[key] == b[key] for a, b in zip(nearest, unseen_about)) / len(unseen)  # noqa: E731
@@ -135,7 +143,10 @@ def measure(run: Path, teacher: str) -> dict:
     result = {
         "parameters": sum(p.numel() for p in pipeline.generator.parameters()),
         "validation": validation,
+        "training": training,
         "loss": validation[max(validation)],
+        "best": min(validation.values()),
+        "recall": recalled.top1,
         "train_ms": 1000 * ids / statistics.median(rates),
         "draw_ms": 1000 * seconds,
         "frechet": frechet_distance(drawn, known, space),
@@ -153,24 +164,33 @@ def table(results: dict[str, list[dict]]) -> str:
     def cell(name: str, key: str, form: str, scale: float = 1.0) -> str:
         values = [scale * r[key] for r in results[name]]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):{form}} ± {spread:{form}}"
+        return f"{statistics.mean(values):{form}}" + (f" ± {spread:{form}}" if len(values) > 1 else "")
 
-    lines = [
-        "| | parameters | validation loss a code | Frechet distance | held-out pairs: top-1, top-5 | right thing | right style | training, ms a picture | drawing, ms a picture |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = {
+        "validation loss a code: best": ("best", ".3f", 1, ""),
+        "last": ("loss", ".3f", 1, ""),
+        "Frechet distance": ("frechet", ".4f", 1, ""),
+        "recall": ("recall", ".1f", 100, " %"),
+        "held-out pairs: top-1": ("top1", ".1f", 100, " %"),
+        "top-5": ("top5", ".1f", 100, " %"),
+        "right thing": ("thing", ".1f", 100, " %"),
+        "right style": ("style", ".1f", 100, " %"),
+        "training, ms a picture": ("train_ms", ".1f", 1, ""),
+        "drawing, ms a picture": ("draw_ms", ".1f", 1, ""),
+    }
+    lines = ["| | parameters | " + " | ".join(columns) + " |", "|---|" + "---|" * (len(columns) + 1)]
     for name, runs in results.items():
-        lines.append(
-            f"| {name} | {runs[0]['parameters'] / 1e6:.2f} M | {cell(name, 'loss', '.3f')} | {cell(name, 'frechet', '.4f')} | "
-            f"{cell(name, 'top1', '.1f', 100)} %, {cell(name, 'top5', '.1f', 100)} % | {cell(name, 'thing', '.1f', 100)} % | "
-            f"{cell(name, 'style', '.1f', 100)} % | {cell(name, 'train_ms', '.1f')} | {cell(name, 'draw_ms', '.1f')} |"
-        )
-    lines += ["", "validation loss by step:", ""]
-    steps = sorted(map(int, next(iter(results.values()))[0]["validation"]))
-    lines += ["| | " + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps)]
-    for name, runs in results.items():
-        means = [statistics.mean({int(k): v for k, v in r["validation"].items()}[s] for r in runs) for s in steps]
-        lines.append(f"| {name} | " + " | ".join(f"{m:.3f}" for m in means) + " |")
+        cells = [cell(name, key, form, scale) + unit for key, form, scale, unit in columns.values()]
+        lines.append(f"| {name} | {runs[0]['parameters'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
+    for which in ("training", "validation"):
+        steps = sorted(map(int, next(iter(results.values()))[0][which]))
+        lines += ["", f"{which} loss by step:", "", "| | " + " | ".join(map(str, steps)) + " |"]
+        lines.append("|---|" + "---|" * len(steps))
+        for name, runs in results.items():
+            series = [{int(k): v for k, v in r[which].items()} for r in runs]
+            lines.append(
+                f"| {name} | " + " | ".join(f"{statistics.mean(x[s] for x in series):.3f}" for s in steps) + " |"
+            )
     return "\n".join(lines)
 
 

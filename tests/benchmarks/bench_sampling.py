@@ -1,10 +1,12 @@
-"""Sampling against transformers' `generate` on the same weights, and Token-Shuffle windows against the plain model.
+"""Sampling against transformers' `generate` on the same weights, and against what reading the weights alone would take.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_sampling.py
+    OMP_NUM_THREADS=2 python tests/benchmarks/bench_sampling.py
 
-One image with guidance at LlamaGen-B's size (110 M parameters, 16,384 codes), greedy, so that both sides can be checked to
-draw the same ids. Rivals take turns; each figure is the median of its turns. On one thread the seconds are the process's
-own CPU time, which neighbours on a busy machine disturb much less than the wall clock.
+LlamaGen-B's size (110 M parameters, 16,384 codes, 256 ids a picture), random weights. Rivals take turns; each figure is the
+median of its turns. On one thread the seconds are the process's own CPU time, which neighbours on a busy machine disturb
+much less than the wall clock. Plain and speculative decoding draw the same ids, which is checked; int8 draws those of the
+rounded weights. The limit is steps x bytes of weights that a step reads / measured reading speed; it holds for one picture,
+where arithmetic is negligible, and not for batches.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from llama_peer import to_transformers
 GUIDANCE, TEXT = 4.0, 8
 
 
-def build(window: int = 1, side: int = 8, **sizes: int) -> LlamaGenerator:
+def build(window: int = 1, side: int = 16, **sizes: int) -> LlamaGenerator:
     torch.manual_seed(0)
     config = LlamaConfig(
         layout={"kind": "Grid", "h": side, "w": side},
@@ -41,13 +43,33 @@ def build(window: int = 1, side: int = 8, **sizes: int) -> LlamaGenerator:
     return LlamaGenerator(config).eval()
 
 
-def ours(model: LlamaGenerator, text: torch.Tensor, compile: bool = False) -> torch.Tensor:
+def ours(model: LlamaGenerator, text: torch.Tensor, guidance: float = GUIDANCE, **how: Any) -> torch.Tensor:
     mask = torch.ones_like(text, dtype=torch.bool)
-    settings = SamplingSettings(guidance_scale=GUIDANCE, temperature=0)
-    return generate(model, text, mask, settings, [0] * len(text), compile=compile)[0][..., 0]
+    settings = SamplingSettings(guidance_scale=guidance, temperature=0)
+    ids, report = generate(model, text, mask, settings, [0] * len(text), **how)
+    ours.steps_per_call = report.steps_per_call
+    return ids[..., 0]
 
 
-def theirs(peer: Any, model: LlamaGenerator, text: torch.Tensor) -> torch.Tensor:
+def weight_bytes(model: LlamaGenerator) -> int:
+    """Bytes that one decoding step reads: everything but the embeddings."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    read = [t for name, t in tensors.items() if "embeddings" not in name and name not in ("order", "places")]
+    return sum(t.numel() * t.element_size() for t in read)
+
+
+def reading_speed(megabytes: int = 512) -> float:
+    """Bytes a second of a sum over memory that no cache holds, the best of ten."""
+    x = torch.ones(megabytes * 2**18)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - start)
+    return x.numel() * 4 / min(times)
+
+
+def theirs(peer: Any, model: LlamaGenerator, text: torch.Tensor, guidance: float = GUIDANCE) -> torch.Tensor:
     """`generate` as its users do it: both branches in one batch, left-padded, guided by a logits processor."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -55,17 +77,21 @@ def theirs(peer: Any, model: LlamaGenerator, text: torch.Tensor) -> torch.Tensor
 
     class Guidance(LogitsProcessor):
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            conditional, unconditional = scores.chunk(2)
-            scores = (unconditional + GUIDANCE * (conditional - unconditional)).repeat(2, 1)
+            if guidance != 1:
+                conditional, unconditional = scores.chunk(2)
+                scores = (unconditional + guidance * (conditional - unconditional)).repeat(2, 1)
             scores[:, :first] = -torch.inf
             return scores
 
-    boi = torch.full((1, 1), model.config.text_vocab)
-    unconditional = torch.zeros_like(text)
-    unconditional[:, -1] = text[:, 0]  # padding, then begin-of-sequence
-    ids = torch.cat([torch.cat([text, boi], 1), torch.cat([unconditional, boi], 1)])
+    boi = torch.full((len(text), 1), model.config.text_vocab)
+    ids = torch.cat([text, boi], 1)
     mask = torch.ones_like(ids)
-    mask[1, : TEXT - 1] = 0
+    if guidance != 1:
+        unconditional = torch.zeros_like(text)
+        unconditional[:, -1] = text[:, 0]  # padding, then begin-of-sequence
+        ids = torch.cat([ids, torch.cat([unconditional, boi], 1)])
+        mask = torch.ones_like(ids)
+        mask[len(text) :, : TEXT - 1] = 0
     out = peer.generate(
         ids,
         attention_mask=mask,
@@ -73,7 +99,7 @@ def theirs(peer: Any, model: LlamaGenerator, text: torch.Tensor) -> torch.Tensor
         max_new_tokens=model.layout.length,
         logits_processor=LogitsProcessorList([Guidance()]),
     )
-    return out[:1, TEXT + 1 :] - first
+    return out[: len(text), TEXT + 1 :] - first
 
 
 def alternate(turns: int, *calls: Callable[[], Any]) -> list[float]:
@@ -104,30 +130,54 @@ def rows(turns: int = 3, compile: bool = True, **sizes: int) -> Iterator[dict[st
     """The rows of `run`, as they are measured."""
     text = torch.randint(1, 1024, (1, TEXT), generator=torch.Generator().manual_seed(0))
     plain = build(1, **sizes)
-    n = plain.layout.length
-    peer = to_transformers(plain)
-    same = torch.equal(ours(plain, text), theirs(peer, plain, text))
+    n, peer, speed = plain.layout.length, to_transformers(plain), reading_speed()
+    expected = {id(plain): ours(plain, text)}
 
     def row(name: str, mine: float, other: float, note: str) -> dict[str, Any]:
         return {"name": name, "ours": mine, "peer": other, "ratio": mine / other, "unit": "s", "note": note}
 
-    def both(*calls: Callable[[], Any]) -> list[float]:
+    def against(name: str, model: LlamaGenerator, note: str = "", limit: bool = True, **how: Any) -> dict[str, Any]:
+        """One picture, guided: a row against transformers' plain model."""
         with torch.no_grad():
-            return alternate(turns, *calls)
+            drawn = ours(model, text, **how)
+            mine, hf = alternate(turns, lambda: ours(model, text, **how), lambda: theirs(peer, plain, text))
+        parts = [f"{n} ids in {model.steps} steps"]
+        if id(model) in expected:
+            parts.append("same ids" if torch.equal(drawn, expected[id(model)]) else "IDS DIFFER")
+        if "speculative" in how:
+            parts.append(f"{ours.steps_per_call:.1f} steps a call")
+        if limit:
+            least = model.steps * weight_bytes(model) / speed
+            parts.append(f"{least / mine:.0%} of the limit of {least:.2f} s")
+        return row(name, mine, hf, ", ".join(parts))
 
-    identical = "same ids" if same else "IDS DIFFER"
-    eager, hf = both(lambda: ours(plain, text), lambda: theirs(peer, plain, text))
-    yield row("sampling, eager", eager, hf, f"{n} ids, guidance {GUIDANCE:g}; peer: transformers generate; {identical}")
-    if compile:
-        same = torch.equal(ours(plain, text, True), ours(plain, text))
-        compiled, hf = both(lambda: ours(plain, text, True), lambda: theirs(peer, plain, text))
-        yield row(
-            "sampling, compiled", compiled, hf, f"peer: transformers generate; {'same ids' if same else 'IDS DIFFER'}"
-        )
-    for window in (2, 4):
-        shuffled = build(window, **sizes)
-        mine, base = both(lambda s=shuffled: ours(s, text), lambda: ours(plain, text))
-        yield row(f"sampling, window {window}", mine, base, f"{n // window**2} steps; peer: window 1, eager")
+    with torch.no_grad():
+        same = torch.equal(expected[id(plain)], theirs(peer, plain, text))
+    first = against("window 1", plain)
+    yield {**first, "note": f"{'ids of' if same else 'IDS DIFFER FROM'} transformers, {first['note']}"}
+    for window in (1, 2, 4):
+        model = plain if window == 1 else build(window, **sizes)
+        expected.setdefault(id(model), ours(model, text))
+        small, label = model.int8(), f"window {window}"
+        if window > 1:
+            yield against(label, model)
+        for compiled in (False, True)[: 1 + compile]:
+            end = ", compiled" * compiled
+            if compiled:
+                yield against(label + end, model, compile=True)
+            yield against(f"{label}, int8{end}", small, compile=compiled)
+            yield against(
+                f"{label}, speculative{end}", model, limit=False, speculative=8, draft=small, compile=compiled
+            )
+        if window == 2:
+            many = text.repeat(16, 1)
+            base = [ours(plain, many, 1.0), theirs(peer, plain, many, 1.0)]
+            note = f"16 pictures, unguided; {'same ids' if torch.equal(*base) else 'IDS DIFFER'}"
+            for name, m in (("window 1, batch 16", plain), ("window 2, batch 16", model)):
+                with torch.no_grad():
+                    calls = [lambda m=m, t=many: ours(m, t, 1.0), lambda t=many: theirs(peer, plain, t, 1.0)]
+                    mine, hf = alternate(1, *calls)
+                yield row(name, mine, hf, note if m is plain else "16 pictures, unguided")
 
 
 def main() -> None:

@@ -220,6 +220,18 @@ def test_dropped_captions_are_the_unconditional_prompt(make, captions):
     assert not torch.allclose(kept.logits, unconditional.logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_dropped_codes_leave_the_caption_alone(make, captions, window):
+    model = make(window=window, code_dropout=0.999999, caption_dropout=0.0, std=0.2).train()
+    ids, others = random_ids(model, 4), random_ids(model, 4)
+    blind = [model.loss({"ids": i, "caption": captions}).logits for i in (ids, others)]
+    torch.testing.assert_close(*blind)
+    assert not torch.allclose(blind[0][0], blind[0][1])  # another caption
+    seen = [model.eval().loss({"ids": i, "caption": captions}).logits for i in (ids, others)]
+    assert not torch.allclose(*seen, atol=1e-2)
+    torch.testing.assert_close(seen[0][:, 0], blind[0][:, 0])  # nothing comes before the first
+
+
 def test_gradients_reach_every_parameter(make, captions):
     for options in ({"window": 2, "qk_norm": True}, {}):
         model = make(**options).train()

@@ -87,6 +87,8 @@ class LlamaConfig:
             the first step is then predicted from it.
         token_dropout, attention_dropout, residual_dropout, ffn_dropout: on the input sequence, attention weights,
             attention output and feed-forward output.
+        code_dropout: share of steps whose input is zeroed in training, so that what follows is learned from the condition
+            too and not only from the codes before it (word dropout: Bowman et al. 2016, arXiv 1511.06349, section 3.1).
         caption_dropout: share of captions dropped in training, so that guidance has an unconditional model.
         zero_head: start the code head at zero (uniform predictions, as LlamaGen) rather than at N(0, 0.02).
     """
@@ -119,6 +121,7 @@ class LlamaConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     ffn_dropout: float = 0.0
+    code_dropout: float = 0.0
     caption_dropout: float = 0.1
     zero_head: bool = False
 
@@ -157,7 +160,14 @@ class LlamaConfig:
         for name in needed[self.condition]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; condition={self.condition!r} needs at least 1")
-        for name in ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "caption_dropout"):
+        for name in (
+            "token_dropout",
+            "attention_dropout",
+            "residual_dropout",
+            "ffn_dropout",
+            "code_dropout",
+            "caption_dropout",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 0 <= {name} < 1")
 
@@ -427,7 +437,10 @@ class LlamaGenerator(Generator):
         x, prefix_mask = self.prefix(prompt, prompt_mask)
         p = x.shape[1]
         steps = to_windows(ids, self.order)  # (B, S, slots)
-        x = torch.cat([x, self.embed(steps[:, :-1])], 1)  # (B, P + S - 1, dim)
+        codes = self.embed(steps[:, :-1])  # (B, S - 1, dim)
+        if self.training and self.config.code_dropout:
+            codes = codes * (torch.rand_like(codes[..., :1]) >= self.config.code_dropout)
+        x = torch.cat([x, codes], 1)  # (B, P + S - 1, dim)
         x = F.dropout(x, self.config.token_dropout, self.training)
         length = x.shape[1]
         cos, sin = self.rope(prefix_mask)
