@@ -34,7 +34,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike[str], 
     # .clone() parts tensors that share memory (tied weights), which the format refuses
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file makes it private to its owner
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
 
 
 # -- registry ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from tokgen.training.lightning_cli import TokgenLightningCLI
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted([*ROOT.glob("tokenizers/*.yaml"), *ROOT.glob("generators/*.yaml")])
-MACHINES = [f for f in sorted(ROOT.glob("train/*.yaml")) if "trainer" in yaml.safe_load(f.read_text())]
+TEACHER = ROOT / "assets/demo/teacher.yaml"
+MACHINES = sorted(ROOT.glob("train/*.yaml"))
 
 
 def parse(*files: Path) -> str:
@@ -35,7 +37,7 @@ def test_there_are_recipes():
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda f: f.stem)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, TEACHER], ids=lambda f: f.stem)
 def test_recipe_parses_with_machine(recipe, machine):
     settings = yaml.safe_load(parse(recipe, machine))
     wanted = yaml.safe_load(machine.read_text())["trainer"]
@@ -49,6 +51,12 @@ def test_recipe_has_a_card(recipe):
     # one card for all sizes and stages: token-shuffle-512.yaml is described in token-shuffle.md
     cards = [f for f in recipe.parent.glob("*.md") if f"{recipe.stem}-".startswith(f"{f.stem}-")]
     assert any(f"`{recipe.name}`" in card.read_text() for card in cards)
+
+
+def test_the_shipped_teacher_is_that_of_its_recipe():
+    asked = yaml.safe_load(TEACHER.read_text())["model"]["init_args"]["config"]
+    shipped = json.loads((TEACHER.parent / "teacher/config.json").read_text())["config"]
+    assert asked.items() <= shipped.items()
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("tokenizers/vqgan*.yaml")), ids=lambda f: f.stem)

@@ -387,7 +387,8 @@ class LlamaGenerator(Generator):
 
     def int8(self) -> LlamaGenerator:
         """A copy with int8 weights in all linear layers, to draw with or to guess for speculative decoding; embeddings and
-        norms stay. It cannot be trained or saved.
+        norms stay. It cannot be trained or saved. Products are in bfloat16, in which two logits are often level, so that its
+        ids may change with the machine and with compilation.
         """
         made = copy.deepcopy(self).eval().requires_grad_(False)
         if isinstance(self.output, Int8Linear):
