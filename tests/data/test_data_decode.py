@@ -29,8 +29,9 @@ from tokgen.data.decode import (
     decode_text,
     image_header,
 )
+from tokgen.data.shard_set import ShardSet
 from tokgen.data.shards import MANIFEST, build_manifest
-from tokgen.data.stream import ShardLoader, ShardSet
+from tokgen.data.stream import ShardLoader
 from tokgen.data.tar import RawSample, iter_samples
 from tokgen.errors import DataError
 

@@ -12,8 +12,10 @@ import torch
 from shard_makers import image_bytes, write_codes, write_images
 
 from tokgen.data.batches import Captions, CodeSamples, ImageSamples
+from tokgen.data.plan import BufferOrder, Passes
+from tokgen.data.shard_set import ShardSet
 from tokgen.data.shards import ShardWriter
-from tokgen.data.stream import ShardLoader, ShardSet, _BufferOrder, _Passes
+from tokgen.data.stream import ShardLoader
 from tokgen.errors import DataError
 
 IMAGES = ImageSamples(Captions(variants=0.5, word_dropout=0.3), 12, "random_crop", flip=True, shift=2)
@@ -151,14 +153,14 @@ def test_several_folders_are_one_set(tmp_path):
 def test_shuffle_buffer_emits_everything_within_its_reach():
     import random
 
-    order = list(_BufferOrder(100, 10, random.Random(0)))
+    order = list(BufferOrder(100, 10, random.Random(0)))
     assert sorted(order) == list(range(100)) and order != list(range(100))
     assert all(element <= place + 9 for place, element in enumerate(order))  # not before it could enter the buffer
-    assert list(_BufferOrder(5, 1, random.Random(0))) == list(range(5))
+    assert list(BufferOrder(5, 1, random.Random(0))) == list(range(5))
 
 
 def test_passes_map_each_position_to_one_sample():
-    passes = _Passes([3, 5, 1], seed=0, shuffle=True)
+    passes = Passes([3, 5, 1], seed=0, shuffle=True)
     runs = passes.runs(0, 18)
     samples = [(run.shard, i) for run in runs for i in range(run.low, run.high)]
     assert len(samples) == 18

@@ -10,7 +10,8 @@ import torch
 
 from tokgen.data.batches import Captions, CodeSamples, ImageSamples, VideoSamples
 from tokgen.data.decode import MAX_MEMBER_BYTES, MAX_PIXELS, BadSample
-from tokgen.data.stream import ShardLoader, ShardSet
+from tokgen.data.shard_set import ShardSet
+from tokgen.data.stream import ShardLoader
 from tokgen.data.tar import iter_samples, open_bytes
 from tokgen.errors import ConfigError, DataError
 

@@ -20,23 +20,21 @@ Rank and world size are arguments; nothing is read from the environment, so it d
 
 from __future__ import annotations
 
-import bisect
 import logging
-import os
 import random
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tokgen.data.decode import EXTENSIONS, MAX_MEMBER_BYTES, BadSample, decode_json
-from tokgen.data.shards import Manifest
-from tokgen.data.tar import Damage, RawSample, iter_samples, join, open_bytes, scheme
+from tokgen.data.decode import EXTENSIONS, MAX_MEMBER_BYTES, BadSample
+from tokgen.data.plan import BufferOrder, Part, Passes, Run, reader_part
+from tokgen.data.shard_set import ShardSet, some
+from tokgen.data.tar import Damage, RawSample, iter_samples, open_bytes, scheme
 from tokgen.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -44,266 +42,6 @@ log = logging.getLogger(__name__)
 _ALWAYS_TOLERATED = 3  # bad samples per epoch that never stop a run, so that one odd file does not end a tiny data set
 _MISSING_LIMIT = 0.5  # part of an epoch that may be missing from damaged shards
 _REMOTE_ATTEMPTS = 4
-
-
-# ------------------------------------------------------------------------------------------------------- the data set
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard of a set. `selected` holds the indices of the samples to use, ascending; None means all."""
-
-    folder: str
-    name: str
-    samples: int
-    bytes: int
-    selected: np.ndarray | None = None
-
-    @property
-    def location(self) -> str:
-        return join(self.folder, self.name)
-
-    @property
-    def count(self) -> int:
-        return self.samples if self.selected is None else len(self.selected)
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """The shards of one split: one or more shard folders of the same kind.
-
-    `unreadable` counts samples a filter could not see because their shard is damaged.
-    """
-
-    kind: str
-    meta: dict[str, Any]
-    shards: tuple[Shard, ...]
-    allow_shell_urls: bool = False
-    unreadable: int = 0
-
-    @property
-    def samples(self) -> int:
-        return sum(shard.count for shard in self.shards)
-
-    @classmethod
-    def open(cls, folders: str | os.PathLike | Sequence[str | os.PathLike], allow_shell_urls: bool = False) -> ShardSet:
-        """Read the manifests of `folders` (local, http(s), s3, gs, hf; `pipe:` when allowed).
-
-        Raises:
-            FileNotFoundError: a folder or its manifest does not exist.
-            DataError: a folder cannot be read, is empty, or the folders do not belong together.
-        """
-        names = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
-        if not names:
-            raise DataError("No shard folder was given.")
-        names = [os.fspath(name) for name in names]
-        manifests = [Manifest.load(name, allow_shell_urls) for name in names]
-        first = manifests[0]
-        for name, manifest in zip(names, manifests):
-            if manifest.kind != first.kind:
-                raise DataError(
-                    f"{names[0]} holds {first.kind} and {name} holds {manifest.kind}: they cannot be mixed."
-                )
-            for fact in ("tokenizer", "layout", "codebook_sizes") if first.kind == "codes" else ():
-                if manifest.meta.get(fact) != first.meta.get(fact):
-                    raise DataError(
-                        f"The codes in {names[0]} and {name} were made by different tokenizers (their {fact} differs); "
-                        f"tokenize both with one."
-                    )
-        meta = dict(first.meta)
-        if not all(manifest.meta.get("captions", True) for manifest in manifests):
-            meta["captions"] = False
-        if any(manifest.meta.get("embedding") != meta.get("embedding") for manifest in manifests):
-            meta.pop("embedding", None)  # of some samples only, or not of one encoder: none that could be used
-        shards = tuple(
-            Shard(name, shard.name, shard.samples, shard.bytes)
-            for name, manifest in zip(names, manifests)
-            for shard in manifest.shards
-            if shard.samples
-        )
-        if not shards:
-            raise DataError(f"{', '.join(names)}: the manifest lists no samples.")
-        return cls(first.kind, meta, shards, allow_shell_urls)
-
-    def check_files(self) -> None:
-        """Raise for local shards that are missing or unreadable; warn of those whose size is not the manifest's.
-
-        Raises:
-            FileNotFoundError, DataError: naming the first few shards.
-        """
-        missing, closed, resized, total = [], [], [], 0
-        for shard in self.shards:
-            if scheme(shard.folder):
-                continue
-            total += 1
-            try:
-                size = os.stat(shard.location).st_size
-            except FileNotFoundError:
-                missing.append(shard.location)
-                continue
-            except OSError:
-                closed.append(shard.location)
-                continue
-            if not os.access(shard.location, os.R_OK):
-                closed.append(shard.location)
-            elif size != shard.bytes:
-                resized.append(shard.location)
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {total} shards of the manifest are missing: {_some(missing)}. "
-                f"Copy them again, or pack the data set anew."
-            )
-        if closed:
-            raise DataError(f"{len(closed)} of {total} shards cannot be read (permission denied): {_some(closed)}.")
-        if resized:
-            log.warning(
-                "%d of %d shards do not have the size that the manifest gives: %s. Samples that are lost will be counted.",
-                len(resized), total, _some(resized),
-            )  # fmt: skip
-
-    def select(self, where: Mapping[str, Any]) -> ShardSet:
-        """The samples whose JSON metadata has, for each field of `where`, one of the values given for it.
-
-        Reads the JSON members of every shard once. A field that holds a list matches when any of its elements does.
-
-        Raises:
-            DataError: no sample matches.
-        """
-        allowed = {
-            name: {str(v) for v in (values if isinstance(values, (list, tuple, set)) else [values])}
-            for name, values in where.items()
-        }
-
-        def matches(raw: RawSample) -> bool:
-            try:
-                data = decode_json(raw.members["json"])
-            except (KeyError, BadSample):
-                return False
-            for name, values in allowed.items():
-                value = data.get(name)
-                if not {str(v) for v in (value if isinstance(value, list) else [value])} & values:
-                    return False
-            return True
-
-        shards, lost = [], 0
-        for shard in self.shards:
-            found, indices = 0, []
-            with open_bytes(shard.location, self.allow_shell_urls) as file:
-                for index, raw in iter_samples(file, extensions=("json",), max_member_bytes=MAX_MEMBER_BYTES):
-                    found = index + 1
-                    if index < shard.samples and matches(raw):
-                        indices.append(index)
-            lost += max(0, shard.samples - found)
-            if indices:
-                shards.append(replace(shard, selected=np.asarray(indices, dtype=np.int64)))
-        if not shards:
-            raise DataError(
-                f"No sample of {_some([s.location for s in self.shards])} matches the filter {dict(where)}."
-            )
-        if lost:
-            log.warning("%d samples are missing from damaged shards and could not be filtered.", lost)
-        return replace(self, shards=tuple(shards), unreadable=lost)
-
-
-def _some(names: Sequence[str], n: int = 3) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
-
-
-# ----------------------------------------------------------------------------------------------------------- the plan
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive positions that lie in one shard: samples `low` to `high` (of the selected ones) of shard `shard`."""
-
-    shard: int
-    low: int
-    high: int
-
-
-class _Passes:
-    """The endless sequence of passes over a set's samples: maps ranges of positions to runs inside shards."""
-
-    def __init__(self, counts: Sequence[int], seed: int, shuffle: bool):
-        self.counts, self.seed, self.shuffle, self.total = list(counts), seed, shuffle, sum(counts)
-
-    def _layout(self, number: int) -> tuple[list[int], list[int], int]:
-        """(shards in order, position of the end of each, first position) of a pass."""
-        order, first = list(range(len(self.counts))), 0
-        if self.shuffle:
-            rng = random.Random(f"{self.seed}/pass/{number}")
-            rng.shuffle(order)
-            first = rng.randrange(self.total)  # else the same tail of a single shard would be left over each epoch
-        ends, at = [], 0
-        for shard in order:
-            at += self.counts[shard]
-            ends.append(at)
-        return order, ends, first
-
-    def runs(self, start: int, count: int) -> list[_Run]:
-        runs = []
-        while count > 0:
-            number, offset = divmod(start, self.total)
-            order, ends, first = self._layout(number)
-            while count > 0 and offset < self.total:
-                at = (first + offset) % self.total
-                i = bisect.bisect_right(ends, at)
-                n = min(ends[i] - at, self.total - offset, count)
-                low = at - (ends[i] - self.counts[order[i]])
-                runs.append(_Run(order[i], low, low + n))
-                offset, start, count = offset + n, start + n, count - n
-        return runs
-
-
-class _BufferOrder:
-    """0 … n-1 in the order in which a shuffle buffer of `size` elements emits them; size 1 keeps the order.
-
-    `held` and `next` are the elements in the buffer and the first that has not entered it.
-    """
-
-    def __init__(self, n: int, size: int, rng: random.Random):
-        self.n, self.rng, self.next = n, rng, min(n, max(1, size))
-        self.held = list(range(self.next))
-
-    def __iter__(self) -> _BufferOrder:
-        return self
-
-    def __next__(self) -> int:
-        if not self.held:
-            raise StopIteration
-        slot = int(self.rng.random() * len(self.held))  # a resume draws millions; randrange takes five times as long
-        out = self.held[slot]
-        if self.next < self.n:
-            self.held[slot] = self.next
-            self.next += 1
-        else:
-            self.held[slot] = self.held[-1]
-            self.held.pop()
-        return out
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One reader's part of an epoch: positions [start, start + size), in batches of the given sizes."""
-
-    start: int
-    batch_sizes: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(self.batch_sizes)
-
-
-def reader_part(start: int, samples: int, steps: int, batch_size: int, worker: int, workers: int) -> _Part:
-    """The part of `worker` in a rank's positions [start, start + samples), read in `steps` batches.
-
-    Worker w makes batches w, w + workers, …; only the rank's last batch may be short, or empty (size 0) when another
-    rank has one more sample.
-    """
-    sizes = [batch_size] * steps
-    sizes[-1] = samples - (steps - 1) * batch_size
-    before = sum(sum(sizes[w::workers]) for w in range(worker))
-    return _Part(start + before, tuple(sizes[worker::workers]))
 
 
 # --------------------------------------------------------------------------------------------------------- the reader
@@ -317,9 +55,7 @@ class _Reader:
         held, first: the ordinals below `first` that are still needed; all from `first` on are.
     """
 
-    def __init__(
-        self, shards: ShardSet, runs: Sequence[_Run], held: Sequence[int], first: int, options: dict[str, Any]
-    ):
+    def __init__(self, shards: ShardSet, runs: Sequence[Run], held: Sequence[int], first: int, options: dict[str, Any]):
         self.shards, self.runs, self.options = shards, runs, options
         self._starts = [0]
         for run in runs:
@@ -351,7 +87,7 @@ class _Reader:
             if any(needed(ordinal) for ordinal in range(low, high)):
                 yield from self._read_run(run, low, needed)
 
-    def _read_run(self, run: _Run, start: int, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
+    def _read_run(self, run: Run, start: int, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
         shard = self.shards.shards[run.shard]
         indices = range(run.low, run.high) if shard.selected is None else shard.selected[run.low : run.high].tolist()
         ordinals = {
@@ -417,7 +153,7 @@ class ShardStream(IterableDataset):
         self.options = {"extensions": frozenset(samples.extensions) & EXTENSIONS, "max_member_bytes": max_member_bytes}
         self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # (epoch, batches done), seen by live workers
 
-    def part(self, epoch: int, worker: int, workers: int) -> _Part:
+    def part(self, epoch: int, worker: int, workers: int) -> Part:
         """The positions and batch sizes of one reader in an epoch."""
         total = self.shards.samples
         if self.train:
@@ -440,11 +176,11 @@ class ShardStream(IterableDataset):
 
     def _batches(self, epoch: int, worker: int, workers: int, skip: int) -> Iterator[dict[str, Any]]:
         part = self.part(epoch, worker, workers)
-        runs = _Passes([s.count for s in self.shards.shards], self.seed, self.train).runs(part.start, part.size)
+        runs = Passes([s.count for s in self.shards.shards], self.seed, self.train).runs(part.start, part.size)
 
-        def fresh_order() -> _BufferOrder:
+        def fresh_order() -> BufferOrder:
             rng = random.Random(f"{self.seed}/buffer/{epoch}/{self.rank}/{worker}")
-            return _BufferOrder(part.size, self.shuffle_buffer if self.train else 1, rng)
+            return BufferOrder(part.size, self.shuffle_buffer if self.train else 1, rng)
 
         order = fresh_order()
         for _ in range(sum(part.batch_sizes[:skip])):
@@ -494,7 +230,7 @@ class ShardStream(IterableDataset):
             return None, error.reason, str(error)
 
     def _stand_ins(
-        self, reader: _Reader, order: _BufferOrder, ahead: deque[int], fresh_order: Any
+        self, reader: _Reader, order: BufferOrder, ahead: deque[int], fresh_order: Any
     ) -> Iterator[RawSample]:
         """Samples of the reader's order after the current batch, then from its beginning."""
         index = 0
@@ -515,12 +251,12 @@ class ShardStream(IterableDataset):
             if item is not None:
                 return item
         raise DataError(
-            f"No readable sample is left to stand in for the damaged ones of {_some([s.location for s in self.shards.shards])}; "
+            f"No readable sample is left to stand in for the damaged ones of {some([s.location for s in self.shards.shards])}; "
             f"`tokgen.data.verify` says what is wrong with a shard folder."
         )
 
     def _padding(self) -> Any:
-        passes = _Passes([s.count for s in self.shards.shards], self.seed, shuffle=False)
+        passes = Passes([s.count for s in self.shards.shards], self.seed, shuffle=False)
         reader = _Reader(self.shards, passes.runs(0, passes.total), [], 0, self.options)
         return self._first_good((reader.take(o)[0] for o in range(passes.total)), 0)
 
@@ -644,7 +380,7 @@ class ShardLoader:
             if total < world * batch_size:
                 readers = f" on each of {world} ranks" if world > 1 else ""
                 raise DataError(
-                    f"{_some([s.location for s in shards.shards], 1)}: {total} samples do not fill one batch of {batch_size}{readers}; "
+                    f"{some([s.location for s in shards.shards], 1)}: {total} samples do not fill one batch of {batch_size}{readers}; "
                     f"use batch_size {max(1, total // world)} or less."
                 )
         else:
@@ -711,7 +447,7 @@ class ShardLoader:
         if self._epoch_missing > _MISSING_LIMIT * planned:
             raise DataError(
                 f"{self._epoch_missing} of this epoch's {planned} samples are missing from damaged shards "
-                f"({_some([f'{shard}: {what}' for shard, what in self.stats.damaged.items()])}). Copy or pack them again."
+                f"({some([f'{shard}: {what}' for shard, what in self.stats.damaged.items()])}). Copy or pack them again."
             )
 
     def state_dict(self) -> dict[str, Any]:

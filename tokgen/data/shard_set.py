@@ -1,0 +1,176 @@
+"""A data set: shards of one or several folders, what their manifests say, and which of their samples are used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tokgen.data.decode import MAX_MEMBER_BYTES, BadSample, decode_json
+from tokgen.data.shards import Manifest
+from tokgen.data.tar import RawSample, iter_samples, join, open_bytes, scheme
+from tokgen.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a set. `selected` holds the indices of the samples to use, ascending; None means all."""
+
+    folder: str
+    name: str
+    samples: int
+    bytes: int
+    selected: np.ndarray | None = None
+
+    @property
+    def location(self) -> str:
+        return join(self.folder, self.name)
+
+    @property
+    def count(self) -> int:
+        return self.samples if self.selected is None else len(self.selected)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one split: one or more shard folders of the same kind.
+
+    `unreadable` counts samples a filter could not see because their shard is damaged.
+    """
+
+    kind: str
+    meta: dict[str, Any]
+    shards: tuple[Shard, ...]
+    allow_shell_urls: bool = False
+    unreadable: int = 0
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+    @classmethod
+    def open(cls, folders: str | os.PathLike | Sequence[str | os.PathLike], allow_shell_urls: bool = False) -> ShardSet:
+        """Read the manifests of `folders` (local, http(s), s3, gs, hf; `pipe:` when allowed).
+
+        Raises:
+            FileNotFoundError: a folder or its manifest does not exist.
+            DataError: a folder cannot be read, is empty, or the folders do not belong together.
+        """
+        names = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+        if not names:
+            raise DataError("No shard folder was given.")
+        names = [os.fspath(name) for name in names]
+        manifests = [Manifest.load(name, allow_shell_urls) for name in names]
+        first = manifests[0]
+        for name, manifest in zip(names, manifests):
+            if manifest.kind != first.kind:
+                raise DataError(
+                    f"{names[0]} holds {first.kind} and {name} holds {manifest.kind}: they cannot be mixed."
+                )
+            for fact in ("tokenizer", "layout", "codebook_sizes") if first.kind == "codes" else ():
+                if manifest.meta.get(fact) != first.meta.get(fact):
+                    raise DataError(
+                        f"The codes in {names[0]} and {name} were made by different tokenizers (their {fact} differs); "
+                        f"tokenize both with one."
+                    )
+        meta = dict(first.meta)
+        if not all(manifest.meta.get("captions", True) for manifest in manifests):
+            meta["captions"] = False
+        if any(manifest.meta.get("embedding") != meta.get("embedding") for manifest in manifests):
+            meta.pop("embedding", None)  # of some samples only, or not of one encoder: none that could be used
+        shards = tuple(
+            Shard(name, shard.name, shard.samples, shard.bytes)
+            for name, manifest in zip(names, manifests)
+            for shard in manifest.shards
+            if shard.samples
+        )
+        if not shards:
+            raise DataError(f"{', '.join(names)}: the manifest lists no samples.")
+        return cls(first.kind, meta, shards, allow_shell_urls)
+
+    def check_files(self) -> None:
+        """Raise for local shards that are missing or unreadable; warn of those whose size is not the manifest's.
+
+        Raises:
+            FileNotFoundError, DataError: naming the first few shards.
+        """
+        missing, closed, resized, total = [], [], [], 0
+        for shard in self.shards:
+            if scheme(shard.folder):
+                continue
+            total += 1
+            try:
+                size = os.stat(shard.location).st_size
+            except FileNotFoundError:
+                missing.append(shard.location)
+                continue
+            except OSError:
+                closed.append(shard.location)
+                continue
+            if not os.access(shard.location, os.R_OK):
+                closed.append(shard.location)
+            elif size != shard.bytes:
+                resized.append(shard.location)
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {total} shards of the manifest are missing: {some(missing)}. "
+                f"Copy them again, or pack the data set anew."
+            )
+        if closed:
+            raise DataError(f"{len(closed)} of {total} shards cannot be read (permission denied): {some(closed)}.")
+        if resized:
+            log.warning(
+                "%d of %d shards do not have the size that the manifest gives: %s. Samples that are lost will be counted.",
+                len(resized), total, some(resized),
+            )  # fmt: skip
+
+    def select(self, where: Mapping[str, Any]) -> ShardSet:
+        """The samples whose JSON metadata has, for each field of `where`, one of the values given for it.
+
+        Reads the JSON members of every shard once. A field that holds a list matches when any of its elements does.
+
+        Raises:
+            DataError: no sample matches.
+        """
+        allowed = {
+            name: {str(v) for v in (values if isinstance(values, (list, tuple, set)) else [values])}
+            for name, values in where.items()
+        }
+
+        def matches(raw: RawSample) -> bool:
+            try:
+                data = decode_json(raw.members["json"])
+            except (KeyError, BadSample):
+                return False
+            for name, values in allowed.items():
+                value = data.get(name)
+                if not {str(v) for v in (value if isinstance(value, list) else [value])} & values:
+                    return False
+            return True
+
+        shards, lost = [], 0
+        for shard in self.shards:
+            found, indices = 0, []
+            with open_bytes(shard.location, self.allow_shell_urls) as file:
+                for index, raw in iter_samples(file, extensions=("json",), max_member_bytes=MAX_MEMBER_BYTES):
+                    found = index + 1
+                    if index < shard.samples and matches(raw):
+                        indices.append(index)
+            lost += max(0, shard.samples - found)
+            if indices:
+                shards.append(replace(shard, selected=np.asarray(indices, dtype=np.int64)))
+        if not shards:
+            raise DataError(f"No sample of {some([s.location for s in self.shards])} matches the filter {dict(where)}.")
+        if lost:
+            log.warning("%d samples are missing from damaged shards and could not be filtered.", lost)
+        return replace(self, shards=tuple(shards), unreadable=lost)
+
+
+def some(names: Sequence[str], n: int = 3) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
