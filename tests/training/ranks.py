@@ -9,9 +9,10 @@ import tiny
 import torch
 
 from tokgen.training.base import Schedule
+from tokgen.training.callbacks import SampleGrid
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import Alignment, SampleGrid
+from tokgen.training.generator import Alignment
 from tokgen.training.sharding import FullyShardedStrategy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -98,6 +99,48 @@ class ImageGrid(Callback):
         grid = image_grid(torch.cat(rows), min(self.columns, len(pictures)))
         write_png(grid, path)
         show(trainer, "reconstruction", grid, pl_module.step)
+
+
+class SampleGrid(Callback):
+    """At each validation, pictures drawn for fixed prompts with fixed seeds, in `images/` of the run.
+
+    Needs the module's `visual_tokenizer`; does nothing without it.
+
+    Args:
+        prompts: None takes the captions of the first validation batch.
+        count: pictures; 0 turns it off.
+        columns: in a row.
+        seed: of the first picture, counted up from there.
+    """
+
+    def __init__(self, prompts: list[str] | None = None, count: int = 16, columns: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        self.prompts, self.count, self.columns, self.seed = prompts, count, columns, seed
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        tokenizer = getattr(pl_module, "visual_tokenizer", None)
+        if batch_idx or not self.count or tokenizer is None or trainer.sanity_checking:
+            return
+        if getattr(pl_module, "device_mesh", None) is None and not trainer.is_global_zero:
+            return  # sharded weights are gathered by all ranks at every layer, so there all must draw
+        prompts = (self.prompts or list(batch["caption"]))[: self.count]
+        generator = pl_module.generator
+        sharded = hasattr(generator, "unshard")
+        if sharded:  # drawing calls the parts by themselves, not the whole that would gather its embeddings
+            generator.unshard()
+        tokens = generator.generate(prompts, generator=self.seed)
+        if sharded:
+            generator.reshard()
+        if not trainer.is_global_zero:
+            return
+        tokenizer.to(tokens.device)
+        pictures = tokenizer.decode(dataclasses.replace(tokens, tokenizer=""))
+        path = Path(trainer.default_root_dir) / "images" / f"samples-{pl_module.step:07d}.png"
+        grid = image_grid(pictures, min(self.columns, len(pictures)))
+        write_png(grid, path, {"prompts": prompts, "seed": self.seed, "step": pl_module.step})
+        show(trainer, "samples", grid, pl_module.step)
 
 
 class CodebookMonitor(Callback):

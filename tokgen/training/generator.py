@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -24,7 +23,6 @@ from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
 from tokgen.generators.text import SETTINGS, TextTokenizer
 from tokgen.generators.token_shuffle import to_windows
-from tokgen.images import image_grid, write_png
 from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
 from tokgen.losses.alignment import AlignmentProjector, alignment_loss
 from tokgen.pretrained import config_from_dict, resolve
@@ -32,7 +30,6 @@ from tokgen.quantizers.base import sum_over_ranks
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
-from tokgen.training.callbacks import show
 
 log = logging.getLogger(__name__)
 # fields of a generator's configuration that the shards and the text encoder decide
@@ -615,45 +612,3 @@ def _gathered(generator: Generator) -> Generator:
     for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
         setattr(whole, name, getattr(generator, name))
     return whole
-
-
-class SampleGrid(Callback):
-    """At each validation, pictures drawn for fixed prompts with fixed seeds, in `images/` of the run.
-
-    Needs the module's `visual_tokenizer`; does nothing without it.
-
-    Args:
-        prompts: None takes the captions of the first validation batch.
-        count: pictures; 0 turns it off.
-        columns: in a row.
-        seed: of the first picture, counted up from there.
-    """
-
-    def __init__(self, prompts: list[str] | None = None, count: int = 16, columns: int = 8, seed: int = 0) -> None:
-        super().__init__()
-        self.prompts, self.count, self.columns, self.seed = prompts, count, columns, seed
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        tokenizer = getattr(pl_module, "visual_tokenizer", None)
-        if batch_idx or not self.count or tokenizer is None or trainer.sanity_checking:
-            return
-        if getattr(pl_module, "device_mesh", None) is None and not trainer.is_global_zero:
-            return  # sharded weights are gathered by all ranks at every layer, so there all must draw
-        prompts = (self.prompts or list(batch["caption"]))[: self.count]
-        generator = pl_module.generator
-        sharded = hasattr(generator, "unshard")
-        if sharded:  # drawing calls the parts by themselves, not the whole that would gather its embeddings
-            generator.unshard()
-        tokens = generator.generate(prompts, generator=self.seed)
-        if sharded:
-            generator.reshard()
-        if not trainer.is_global_zero:
-            return
-        tokenizer.to(tokens.device)
-        pictures = tokenizer.decode(dataclasses.replace(tokens, tokenizer=""))
-        path = Path(trainer.default_root_dir) / "images" / f"samples-{pl_module.step:07d}.png"
-        grid = image_grid(pictures, min(self.columns, len(pictures)))
-        write_png(grid, path, {"prompts": prompts, "seed": self.seed, "step": pl_module.step})
-        show(trainer, "samples", grid, pl_module.step)

@@ -29,10 +29,18 @@ from tokgen.files import replacing
 from tokgen.tokens import Tokens
 from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
 from tokgen.training.base import TrainingModule
-from tokgen.training.callbacks import CodebookMonitor, DataStats, ImageGrid, PlainProgress, SignalCheckpoint, StepSeed
+from tokgen.training.callbacks import (
+    CodebookMonitor,
+    DataStats,
+    ImageGrid,
+    PlainProgress,
+    SampleGrid,
+    SignalCheckpoint,
+    StepSeed,
+)
 from tokgen.training.checkpoint import BEST, LAST, AtomicCheckpointIO, Checkpoint, find_last, read_checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import GeneratorModule, SampleGrid  # noqa: F401
+from tokgen.training.generator import GeneratorModule  # noqa: F401
 
 log = logging.getLogger(__name__)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
