@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tokgen.errors import ConfigError, InputError
-from tokgen.generators import decoding
 from tokgen.generators.sampling import Noise, SamplingSettings, choose, filter_logits, guidance_weights
 
 # -- guidance -------------------------------------------------------------------------------------------------------------
@@ -216,6 +215,5 @@ def test_a_missing_compiler_is_one_clear_sentence(make, monkeypatch):
     from tokgen.errors import MissingDependency
 
     monkeypatch.setenv("CXX", "no-such-compiler")
-    decoding.compiled_decode_block.cache_clear()
     with pytest.raises(MissingDependency, match="leave compile off"):
         make().generate(["cat"], compile=True)

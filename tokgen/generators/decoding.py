@@ -16,10 +16,11 @@ before (Jacobi iteration: Santilli et al. 2023, arXiv 2305.10427).
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import time
+import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,15 +182,22 @@ def decode_block(
     return draw_steps(model, head, hidden, (codebook + 1) % len(model.codebook_sizes), noise, weight, fixed, settings)
 
 
-@functools.cache
-def compiled_decode_block(device: str) -> Callable[..., Tensor]:
-    """`decode_block` compiled as one graph; CUDA graphs take away the launches. Raises MissingDependency."""
+_COMPILED: weakref.WeakKeyDictionary[LlamaGenerator, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+
+
+def compiled_decode_block(model: LlamaGenerator) -> Callable[..., Tensor]:
+    """`decode_block` compiled as one graph for a model; CUDA graphs take away the launches. Raises MissingDependency."""
+    device = model.device.type
     if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise MissingDependency(
             "compile=True needs a C++ compiler on the CPU and none was found; install g++, set CXX, or leave compile off"
         )
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(decode_block, fullgraph=True, dynamic=False, mode=mode)
+    if model not in _COMPILED:
+        # torch counts and limits recompilations by code object: each model gets its own
+        own = types.FunctionType(decode_block.__code__.replace(), decode_block.__globals__, decode_block.__name__)
+        mode = "reduce-overhead" if device == "cuda" else None
+        _COMPILED[model] = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    return _COMPILED[model]
 
 
 @torch.no_grad()
@@ -333,7 +341,7 @@ class _Run:
         self.cache = model.new_cache(len(self.x), length)
         keys = F.pad(self.mask, (0, length - self.prefix), value=True)
         self.keys = keys if compile or not bool(self.mask.all()) else None
-        self.decode = compiled_decode_block(model.device.type) if compile else decode_block
+        self.decode = compiled_decode_block(model) if compile else decode_block
         self.calls = 0
 
     def prefill(
