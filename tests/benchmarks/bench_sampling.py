@@ -127,57 +127,48 @@ def run(turns: int = 3, compile: bool = True, **sizes: int) -> list[dict[str, An
 
 
 def rows(turns: int = 3, compile: bool = True, **sizes: int) -> Iterator[dict[str, Any]]:
-    """The rows of `run`, as they are measured."""
+    """The rows of `run`, as they are measured; all variants of one window take turns with the peer."""
     text = torch.randint(1, 1024, (1, TEXT), generator=torch.Generator().manual_seed(0))
-    plain = build(1, **sizes)
-    n, peer, speed = plain.layout.length, to_transformers(plain), reading_speed()
-    expected = {id(plain): ours(plain, text)}
+    plain, speed = build(1, **sizes), reading_speed()
+    n, peer = plain.layout.length, to_transformers(plain)
 
-    def row(name: str, mine: float, other: float, note: str) -> dict[str, Any]:
+    def row(name: str, mine: float, other: float, *notes: str) -> dict[str, Any]:
+        note = ", ".join(filter(None, notes))
         return {"name": name, "ours": mine, "peer": other, "ratio": mine / other, "unit": "s", "note": note}
 
-    def against(name: str, model: LlamaGenerator, note: str = "", limit: bool = True, **how: Any) -> dict[str, Any]:
-        """One picture, guided: a row against transformers' plain model."""
-        with torch.no_grad():
-            drawn = ours(model, text, **how)
-            mine, hf = alternate(turns, lambda: ours(model, text, **how), lambda: theirs(peer, plain, text))
-        parts = [f"{n} ids in {model.steps} steps"]
-        if id(model) in expected:
-            parts.append("same ids" if torch.equal(drawn, expected[id(model)]) else "IDS DIFFER")
-        if "speculative" in how:
-            parts.append(f"{ours.steps_per_call:.1f} steps a call")
-        if limit:
-            least = model.steps * weight_bytes(model) / speed
-            parts.append(f"{least / mine:.0%} of the limit of {least:.2f} s")
-        return row(name, mine, hf, ", ".join(parts))
-
-    with torch.no_grad():
-        same = torch.equal(expected[id(plain)], theirs(peer, plain, text))
-    first = against("window 1", plain)
-    yield {**first, "note": f"{'ids of' if same else 'IDS DIFFER FROM'} transformers, {first['note']}"}
     for window in (1, 2, 4):
         model = plain if window == 1 else build(window, **sizes)
-        expected.setdefault(id(model), ours(model, text))
         small, label = model.int8(), f"window {window}"
-        if window > 1:
-            yield against(label, model)
+        variants: dict[str, tuple[LlamaGenerator, dict[str, Any]]] = {}
         for compiled in (False, True)[: 1 + compile]:
-            end = ", compiled" * compiled
-            if compiled:
-                yield against(label + end, model, compile=True)
-            yield against(f"{label}, int8{end}", small, compile=compiled)
-            yield against(
-                f"{label}, speculative{end}", model, limit=False, speculative=8, draft=small, compile=compiled
-            )
-        if window == 2:
+            end, how = ", compiled" * compiled, {"compile": compiled}
+            variants[label + end] = (model, how)
+            variants[f"{label}, int8{end}"] = (small, how)
+            variants[f"{label}, speculative{end}"] = (model, {**how, "speculative": 8, "draft": small})
+        with torch.no_grad():
+            expected, accepted = ours(model, text), {}
+            hf = theirs(peer, plain, text)
+            same = {}
+            for name, (m, how) in variants.items():
+                same[name] = torch.equal(ours(m, text, **how), expected)
+                accepted[name] = ours.steps_per_call
+            calls = [lambda m=m, how=how: ours(m, text, **how) for m, how in variants.values()]
+            *mine, theirs_took = alternate(turns, *calls, lambda: theirs(peer, plain, text))
+        for (name, (m, how)), seconds in zip(variants.items(), mine):
+            least = m.steps * weight_bytes(m) / speed
+            exact = "" if m is small else "same ids" if same[name] else "IDS DIFFER"
+            if name == "window 1":
+                exact = "ids of transformers" if torch.equal(expected, hf) else "IDS DIFFER FROM transformers"
+            yield row(
+                name, seconds, theirs_took, f"{n} ids in {m.steps} steps", exact,
+                f"{accepted[name]:.1f} steps a call" if "draft" in how
+                else f"{least / seconds:.0%} of the limit of {least:.2f} s",
+            )  # fmt: skip
+        if window < 4:
             many = text.repeat(16, 1)
-            base = [ours(plain, many, 1.0), theirs(peer, plain, many, 1.0)]
-            note = f"16 pictures, unguided; {'same ids' if torch.equal(*base) else 'IDS DIFFER'}"
-            for name, m in (("window 1, batch 16", plain), ("window 2, batch 16", model)):
-                with torch.no_grad():
-                    calls = [lambda m=m, t=many: ours(m, t, 1.0), lambda t=many: theirs(peer, plain, t, 1.0)]
-                    mine, hf = alternate(1, *calls)
-                yield row(name, mine, hf, note if m is plain else "16 pictures, unguided")
+            with torch.no_grad():
+                calls = [lambda m=model, t=many: ours(m, t, 1.0), lambda t=many: theirs(peer, plain, t, 1.0)]
+                yield row(f"window {window}, batch 16", *alternate(1, *calls), "16 pictures, unguided")
 
 
 def main() -> None:

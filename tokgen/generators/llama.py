@@ -42,6 +42,7 @@ from tokgen.generators.token_shuffle import (
 )
 from tokgen.nn.attention import Attention, DecoderBlock, KVCache, RMSNorm, SwiGLU, prefix_attention, rope_table
 from tokgen.nn.int8 import Int8Linear, Int8Weight, to_int8
+from tokgen.nn.linear import Linear, linear
 from tokgen.tokens import Grid, Layout
 
 Head = tuple[Tensor | Int8Weight, Tensor | None]
@@ -225,7 +226,7 @@ class LlamaGenerator(Generator):
             for _ in range(c.n_layers)
         )
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.output = nn.Linear(c.dim, starts[-1], bias=False)
+        self.output = Linear(c.dim, starts[-1], bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -370,7 +371,7 @@ class LlamaGenerator(Generator):
             weight, bias = weight[low:high], None if bias is None else bias[low:high]
         if isinstance(weight, Int8Weight):
             return weight.linear(slots, bias).float()
-        return F.linear(slots, weight, bias).float()
+        return linear(slots, weight, bias).float()
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """float32 logits (B, T, text_vocab) of the next text id; the head is the text embedding, transposed."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokgen.errors import ConfigError
 from tokgen.nn.attention import Attention, DecoderBlock, RMSNorm, SwiGLU
+from tokgen.nn.linear import Linear
 from tokgen.tokens import Grid, Layout
 
 
@@ -77,8 +78,8 @@ class FusionBlock(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, eps)
-        self.fc1 = nn.Linear(dim, dim)
-        self.fc2 = nn.Linear(dim, dim)
+        self.fc1 = Linear(dim, dim)
+        self.fc2 = Linear(dim, dim)
 
     def forward(self, f: Tensor) -> Tensor:
         return f + self.fc2(F.gelu(self.fc1(self.norm(f))))
@@ -96,7 +97,7 @@ class TokenShuffle(nn.Module):
 
     def __init__(self, dim: int, window: int, blocks: int = 2, eps: float = 1e-5) -> None:
         super().__init__()
-        self.compress = nn.Linear(dim, dim // window**2)
+        self.compress = Linear(dim, dim // window**2)
         self.fusion = nn.ModuleList(FusionBlock(dim, eps) for _ in range(blocks))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class TokenUnshuffle(nn.Module):
         super().__init__()
         self.slots = window**2
         self.fusion = nn.ModuleList(FusionBlock(dim, eps) for _ in range(blocks))
-        self.expand = nn.Linear(dim // window**2, dim) if expand else None  # a `WindowHead` has its own
+        self.expand = Linear(dim // window**2, dim) if expand else None  # a `WindowHead` has its own
 
     def forward(self, hidden: Tensor) -> Tensor:
         for block in self.fusion:
@@ -147,14 +148,14 @@ class WindowHead(nn.Module):
         heads = max(width // 64, 1)
         if width % heads:
             raise ConfigError(f"the window head's width {width} does not divide into {heads} heads of 64 channels")
-        self.slot = nn.Linear(dim // window**2, width)
-        self.previous = nn.Linear(dim, width, bias=False)
+        self.slot = Linear(dim // window**2, width)
+        self.previous = Linear(dim, width, bias=False)
         self.position = nn.Parameter(torch.zeros(window**2, width))
         self.layers = nn.ModuleList(
             DecoderBlock(Attention(width, heads, eps=eps), SwiGLU(width, 4 * width), width, eps) for _ in range(layers)
         )
         self.norm = RMSNorm(width, eps)
-        self.expand = nn.Linear(width, dim)
+        self.expand = Linear(width, dim)
         self.head_dim = width // heads
 
     def forward(self, slots: Tensor, previous: Tensor) -> Tensor:
