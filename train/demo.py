@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo-output")
     parser.add_argument("--tokenizer-steps", type=int, default=500)
-    parser.add_argument("--generator-steps", type=int, default=1000)
+    parser.add_argument("--generator-steps", type=int, default=500)
     options = parser.parse_args()
     out = options.out.resolve()
     for part in ("shards", "codes", "tokenizer-run", "generator-run"):

@@ -207,17 +207,8 @@ def main() -> None:
     out = (options.out or ROOT / "runs" / f"study-{options.study}").resolve()
     embed = ["--embed", options.teacher] if options.study == "arra" else []
     for split in ("train", "val"):
-        tokgen(
-            "tokenize",
-            SHARDS / split,
-            "--model",
-            options.tokenizer,
-            "--out",
-            out / "codes" / split,
-            "--size",
-            64,
-            *embed,
-        )
+        where = ["--model", options.tokenizer, "--out", out / "codes" / split]
+        tokgen("tokenize", SHARDS / split, *where, "--size", 64, *embed)
     wanted = arms(options.study)
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {
