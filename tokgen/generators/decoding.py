@@ -273,10 +273,9 @@ def _generate(
     given_ids = 0 if fixed is None else int((fixed != DRAW).sum())
 
     run = _Run(model, prompt, prompt_mask, guided, compile)
-    calls = 0
     if done < model.steps:
         out[:, done : done + 1] = run.prefill(out, done, noise, weights, fixed, settings)
-        calls, done = 1, done + 1
+        done += 1
     first = done
     guesser = None
     if draft is not None and done < model.steps:
@@ -306,7 +305,7 @@ def _generate(
             hit = (drawn == out[:, low : low + width])[:, skip:-1].all(-1).all(0)
             accepted = 1 if width - skip == 1 else 1 + int(hit.int().cumprod(0).sum())
             out[:, done : low + width] = drawn[:, skip:]
-            done, calls = done + accepted, calls + 1
+            done += accepted
             drafted = min(low + width - 1, done)
             advance(accepted)
     _synchronise(device)
@@ -315,8 +314,8 @@ def _generate(
         seeds=tuple(seeds),
         images=images,
         ids=out.numel() - given_ids,
-        steps=0 if not calls else model.steps - first + 1,
-        calls=calls,
+        steps=0 if not run.calls else model.steps - first + 1,
+        calls=run.calls,
         draft_calls=0 if guesser is None else guesser.calls,
         prefill_seconds=prefilled - start,
         decode_seconds=time.perf_counter() - prefilled,
