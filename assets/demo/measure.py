@@ -2,8 +2,8 @@
 
     python assets/demo/measure.py [--tokenizer DIR] [--generator DIR] [--pictures DIR]
 
-Reconstruction on the four splits; with a generator of all pairs, recall of training captions and of held-out (emoji, style)
-pairs by retrieval, and the grids that show them.
+Reconstruction on the four splits; recall of all training captions and of held-out (emoji, style) pairs by retrieval, and the
+grids that show them.
 """
 
 from __future__ import annotations
@@ -85,12 +85,11 @@ def draw(pipeline: TextToImagePipeline, captions: list[str]) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, default=HERE / "tokenizer")
-    parser.add_argument("--generator", type=Path, help="also measure what this generator draws")
+    parser.add_argument("--generator", type=Path, default=HERE / "generator")
     parser.add_argument("--pictures", type=Path, default=HERE)
     options = parser.parse_args()
     reconstruction(tokgen.load(options.tokenizer))
-    if options.generator is not None:
-        drawing(TextToImagePipeline.from_pretrained(options.generator), options.pictures)
+    drawing(TextToImagePipeline.from_pretrained(options.generator), options.pictures)
 
 
 if __name__ == "__main__":
