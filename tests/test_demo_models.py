@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.io import read_image
 
 import tokgen
+from tokgen.cli import main
 from tokgen.encoders.base import load_encoder
 from tokgen.evaluation.reconstruction import evaluate_reconstruction, read_pictures
 from tokgen.evaluation.retrieval import evaluate_retrieval, feature_space
@@ -64,3 +66,15 @@ def test_published_files_are_as_readable_as_any_other(tmp_path):
     folder = tokgen.load(DEMO / "tokenizer").save_pretrained(tmp_path / "tokenizer")
     modes = {os.stat(f).st_mode & 0o777 for f in [tmp_path / "other", *folder.iterdir()]}
     assert len(modes) == 1
+
+
+def test_it_draws_from_the_command_line_the_same_picture_either_way(tmp_path, capsys):
+    words = ["sample", "red heart, 3d style", "--model", str(DEMO / "generator"), "--device", "cpu", "--out"]
+    assert main([*words, str(tmp_path / "plain.png")]) == 0
+    assert main([*words, str(tmp_path / "guessed.png"), "--speculative", "4"]) == 0
+    assert "steps a call" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "int8.png"), "--precision", "int8"]) == 0
+    plain, guessed, int8 = (read_image(str(tmp_path / f"{name}.png")) for name in ("plain", "guessed", "int8"))
+    assert plain.shape == int8.shape == (3, 64, 64) and torch.equal(plain, guessed)
+    heart = plain[:, 24:40, 24:40].float().mean((1, 2))  # its middle is red
+    assert heart[0] > 200 and heart[1:].max() < 150
