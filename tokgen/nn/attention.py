@@ -83,8 +83,9 @@ class KVCache:
         layers, batch, heads, length, head_dim: sizes; `heads` counts key-value heads.
 
     Attributes:
-        k, v: (layers, batch, heads, length, head_dim). Zeros at first: a slot that was never written is masked, and
-            masking is only harmless over finite numbers.
+        k, v: one tensor (batch, heads, length, head_dim) per layer: in a compiled step, writing to a part of a tensor that all
+            layers shared would copy all of it. Zeros at first: a slot that was never written is masked, and masking is
+            only harmless over finite numbers.
     """
 
     def __init__(
@@ -98,15 +99,14 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.k = torch.zeros(layers, batch, heads, length, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-
-    @property
-    def length(self) -> int:
-        return self.k.shape[3]
+        self.length = length
+        self.k, self.v = (
+            [torch.zeros(batch, heads, length, head_dim, device=device, dtype=dtype) for _ in range(layers)]
+            for _ in range(2)
+        )
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Views of layer i's keys and values, (batch, heads, length, head_dim) each; writing to them writes here."""
+        """Keys and values of layer i; writing to them writes here."""
         return self.k[i], self.v[i]
 
 
