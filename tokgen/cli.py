@@ -172,8 +172,8 @@ def sample(
         min_p: drop codes less likely than this share of the likeliest (0: none).
         scale: enlarge the pictures by this whole number when writing.
         precision: of the generator; int8 keeps weights in 8 bits and is the fastest for few pictures.
-        speculative: let an int8 copy guess this many steps ahead (8 is a good number), checked by the generator in one
-            call: the same pictures, sooner. For few pictures in float32 or bfloat16.
+        speculative: let an int8 copy guess this many steps ahead, checked by the generator in one call: the same
+            pictures in fewer calls, which pays off where a call of many steps costs little more than one.
         compile: compile the decoding step; pays off for many or large pictures.
         device: such as "cuda:0"; the best there is without it.
     """
