@@ -25,7 +25,8 @@ print(peak() - before)
 def peak_of(setup: str, statement: str) -> int:
     """Bytes by which `statement` raises the peak of the resident set over what it is after `setup`."""
     program = _PROGRAM.format(here=str(Path(__file__).parent), setup=setup, statement=statement)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # a fixed threshold: glibc would raise it at the first large block that is freed, and keep and scatter later ones
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(run.stderr)
