@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+CAPTIONS = ["red heart, 3d style", "blue fish, flat style", "cat, 3d style", "grinning face of a dog, flat style"]
+
 
 def pytest_addoption(parser):
     parser.addoption("--cases", help="folder of parity cases to run instead of tests/parity/cases")
@@ -38,3 +40,15 @@ def t5_folder(tmp_path_factory):
         config = T5Config(vocab_size=42, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.5)
         T5EncoderModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def captions():
+    return list(CAPTIONS)
+
+
+@pytest.fixture(scope="session")
+def text():
+    from tokgen.text import TextTokenizer
+
+    return TextTokenizer.train(CAPTIONS, 280, special_words=["3d style", "flat style"])

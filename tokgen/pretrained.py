@@ -225,17 +225,20 @@ class Pretrained(nn.Module):
     @property
     def fingerprint(self) -> str:
         """sha256 (16 hex digits) of configuration and weights; computed once and again only after a weight changed."""
-        state = self.state_dict(keep_vars=True)
-        version = tuple((t.data_ptr(), t._version) for t in state.values())
-        cached = self.__dict__.get("_fingerprint")
-        if cached is None or cached[0] != version:
-            digest = hashlib.sha256(
-                json.dumps([self.type_name, dataclasses.asdict(self.config)], sort_keys=True).encode()
-            )
-            for key in sorted(state):
-                value = state[key].detach().cpu().contiguous()
-                digest.update(key.encode() + str(tuple(value.shape)).encode())
-                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-            cached = (version, digest.hexdigest()[:16])
-            self.__dict__["_fingerprint"] = cached
-        return cached[1]
+        return fingerprint(self, [self.type_name, dataclasses.asdict(self.config)])
+
+
+def fingerprint(module: nn.Module, about: Any) -> str:
+    """sha256 (16 hex digits) of plain data and the module's weights; kept with the module until a weight changes."""
+    state = module.state_dict(keep_vars=True)
+    version = tuple((t.data_ptr(), t._version) for t in state.values())
+    cached = module.__dict__.get("_fingerprint")
+    if cached is None or cached[0] != version:
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for key in sorted(state):
+            value = state[key].detach().cpu().contiguous()
+            digest.update(key.encode() + str(tuple(value.shape)).encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        cached = (version, digest.hexdigest()[:16])
+        module.__dict__["_fingerprint"] = cached
+    return cached[1]

@@ -9,7 +9,7 @@ import tokgen
 from tokgen.encoders.base import load_encoder
 from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
 from tokgen.errors import CheckpointError, ConfigError, InputError, TokgenError
-from tokgen.generators.text import TextTokenizer
+from tokgen.text import TextTokenizer
 
 CAPTIONS = ["red heart, 3d style", "cat", "a much longer caption of a blue fish, flat style", ""]
 

@@ -4,19 +4,6 @@ import pytest
 import torch
 
 from tokgen.generators.llama import LlamaConfig, LlamaGenerator
-from tokgen.generators.text import TextTokenizer
-
-CAPTIONS = ["red heart, 3d style", "blue fish, flat style", "cat, 3d style", "grinning face of a dog, flat style"]
-
-
-@pytest.fixture
-def captions():
-    return list(CAPTIONS)
-
-
-@pytest.fixture(scope="session")
-def text():
-    return TextTokenizer.train(CAPTIONS, 280, special_words=["3d style", "flat style"])
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from tokgen.encoders.base import load_encoder
 from tokgen.errors import ConfigError
 from tokgen.training.base import Schedule
+from tokgen.training.captions import Text
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.contrastive import ContrastiveModule
-from tokgen.training.generator import Text
 
 SIZES = {
     "image_size": 16, "patch": 4, "dim": 32, "n_heads": 2, "hidden": 32, "image_layers": 1, "text_layers": 1, "embed_dim": 16, "max_text": 24,

@@ -14,8 +14,8 @@ from tokgen.errors import ConfigError
 from tokgen.generators.conditions import ClassNames
 from tokgen.generators.llama import LlamaGenerator
 from tokgen.tokens import Grid
+from tokgen.training.captions import Text
 from tokgen.training.checkpoint import Checkpoint
-from tokgen.training.generator import Text
 
 PUBLISHED = {"rope": "2d", "rope_prefix": "zero", "zero_head": True, "dim": 48, "n_heads": 3}  # LlamaGen's form
 

@@ -11,9 +11,9 @@ import torch
 from tokgen.errors import ConfigError, TokenizerMismatch
 from tokgen.generators.llama import LlamaGenerator
 from tokgen.training.callbacks import SampleGrid
+from tokgen.training.captions import Text, training_captions
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import Text, training_captions
 
 
 def test_it_learns_and_publishes(tmp_path, code_shards):

@@ -19,8 +19,9 @@ from tokgen.tokens import Grid
 from tokgen.training.autoencoder import AutoencoderLoss, AutoencoderModule
 from tokgen.training.base import Schedule
 from tokgen.training.callbacks import StepSeed
+from tokgen.training.captions import Text
 from tokgen.training.checkpoint import AtomicCheckpointIO
-from tokgen.training.generator import GeneratorModule, Text
+from tokgen.training.generator import GeneratorModule
 
 SIZE = 16
 LAYOUT, CODES = Grid(4, 4), 32

@@ -1,23 +1,28 @@
 """The image encoder's contract: pixels to one embedding, and to features of places.
 
-Encoders teach (ARRA's alignment, distillation) and measure (retrieval, Frechet distance). They are loaded by name, stay
-frozen, and own resizing and normalisation, so that every user hands them the same pixels.
+Encoders teach (ARRA's alignment, distillation), measure (retrieval, Frechet distance), and see for semantic tokenizers.
+They are loaded by name, stay frozen, and own resizing and normalisation, so that every user hands them the same pixels.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokgen.errors import CheckpointError, InputError
-from tokgen.pretrained import CONFIG, Registry, read_config
+from tokgen.errors import CheckpointError, ConfigError, InputError
+from tokgen.pretrained import CONFIG, Pretrained, Registry, config_from_dict, fingerprint, read_config
 
 ENCODERS: Registry[ImageEncoder] = Registry(
-    "encoder", {"contrastive": "tokgen.encoders.contrastive:ContrastiveEncoder"}
+    "encoder",
+    {
+        "contrastive": "tokgen.encoders.contrastive:ContrastiveEncoder",
+        "eva": "tokgen.encoders.eva:EvaViT",
+    },
 )
 
 
@@ -27,10 +32,12 @@ class ImageEncoder(nn.Module):
     Attributes:
         name: how it must be quoted with figures.
         dim: width of `embed`.
+        feature_shape: (N, C) of `features`; an encoder without features of places has none.
     """
 
     name: str
     dim: int
+    feature_shape: tuple[int, int]
 
     def embed(self, pixels: Tensor) -> Tensor:
         """One embedding per picture, (B, dim), as the network's own retrieval uses it, not normalised.
@@ -41,8 +48,24 @@ class ImageEncoder(nn.Module):
         raise NotImplementedError
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Features of the places of a picture in raster order, (B, N, C). Raises InputError if it has none."""
+        """Features of the places of a picture in raster order, (B, N, C); an encoder may put a class token before them.
+
+        Raises InputError if it has none.
+        """
         raise InputError(f"{self.name} gives no features of places")
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which `build_encoder` makes this network again, without its weights.
+
+        Raises:
+            InputError: it cannot be built without files of its own.
+        """
+        raise InputError(f"{self.name} cannot be kept inside a tokenizer; use one of timm, transformers or tokgen")
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (16 hex digits) of what it is and its weights; equal for equal networks, wherever they came from."""
+        return fingerprint(self, self.spec())
 
 
 def as_float(pixels: Tensor) -> Tensor:
@@ -86,6 +109,70 @@ def load_encoder(name: str | os.PathLike[str]) -> ImageEncoder:
         if not isinstance(encoder, ImageEncoder):
             raise CheckpointError(f"{text} holds a {type(encoder).__name__}; expected an image encoder")
     return encoder.eval().requires_grad_(False)
+
+
+def build_encoder(spec: dict[str, Any]) -> ImageEncoder:
+    """The frozen encoder of a configuration, in eval mode.
+
+    Args:
+        spec: {"pretrained": what `load_encoder` takes}, or what `ImageEncoder.spec` gave, whose weights are random until
+            they are loaded: {"type": "eva", "config": {...}}, {"type": "timm", "name": ...}, {"type": "transformers", ...}.
+
+    Raises:
+        ConfigError: no such type or option. CheckpointError, MissingDependency: as `load_encoder`.
+    """
+    spec = dict(spec)
+    if "pretrained" in spec:
+        if len(spec) > 1:
+            raise ConfigError(f"encoder {spec}: 'pretrained' stands alone; its configuration comes with the weights")
+        return load_encoder(spec["pretrained"])
+    kind = spec.pop("type", None)
+    if kind in ("timm", "transformers"):
+        from tokgen.encoders import published
+
+        encoder = {"timm": published.TimmEncoder, "transformers": published.TransformersEncoder}[kind].from_spec(spec)
+    elif kind in ENCODERS:
+        cls = ENCODERS[kind]
+        encoder = cls(config_from_dict(cls.config_class, spec.get("config", {}), f"encoder {kind!r}"))
+    else:
+        raise ConfigError(
+            f"encoder {spec} is of type {kind!r}; expected 'pretrained', or type timm, transformers, "
+            f"{', '.join(ENCODERS.names())}"
+        )
+    return encoder.eval().requires_grad_(False)
+
+
+def load_teacher(name: str) -> Callable[[dict[str, Any]], Tensor]:
+    """What a stage of training learns from: a function of a batch with "pixels" (B, 3, H, W) and "caption".
+
+    Args:
+        name: what `load_encoder` takes, for the embeddings (B, D) of the pictures; "clip-text:NAME_OR_FOLDER" for the last
+            states (B, 77, C) of a CLIP text model of transformers on the captions.
+    """
+    if name.startswith("clip-text:"):
+        from tokgen.encoders.published import ClipTextStates
+
+        return ClipTextStates(name.removeprefix("clip-text:"))
+    return PictureEmbeddings(load_encoder(name))
+
+
+class PictureEmbeddings(nn.Module):
+    """An encoder's embeddings of a batch's pictures."""
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return self.encoder.embed(batch["pixels"])
+
+
+def config_spec(encoder: Pretrained) -> dict[str, Any]:
+    """`spec` of an encoder of this package."""
+    import dataclasses
+
+    return {"type": encoder.type_name, "config": dataclasses.asdict(encoder.config)}
 
 
 def resized(pixels: Tensor, side: Any, mode: str = "bicubic") -> Tensor:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokgen.encoders.base import ImageEncoder, as_float, resized
+from tokgen.encoders.base import ImageEncoder, as_float, config_spec, resized
 from tokgen.errors import ConfigError
-from tokgen.generators.text import SETTINGS, TextTokenizer
 from tokgen.nn.attention import Attention, DecoderBlock, RMSNorm, SwiGLU, rope_table
 from tokgen.pretrained import Pretrained
+from tokgen.text import SETTINGS, TextTokenizer
 
 MAX_SCALE = 100.0  # CLIP's bound on the factor of the logits
 
@@ -71,6 +71,7 @@ class ContrastiveEncoder(ImageEncoder, Pretrained):
         Pretrained.__init__(self, config)
         c = config
         self.text, self.dim, self.name = text, c.embed_dim, "contrastive encoder"
+        self.feature_shape = ((c.image_size // c.patch) ** 2, c.dim)
         self.patches = nn.Linear(3 * c.patch**2, c.dim)
         self.image_layers = self._tower(c.image_layers)
         self.image_norm, self.image_projection = RMSNorm(c.dim), nn.Linear(c.dim, c.embed_dim, bias=False)
@@ -95,6 +96,8 @@ class ContrastiveEncoder(ImageEncoder, Pretrained):
     def scale(self) -> Tensor:
         """The factor of the logits."""
         return self.log_scale.exp().clamp(max=MAX_SCALE)
+
+    spec = config_spec
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 

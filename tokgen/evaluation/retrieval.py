@@ -94,3 +94,22 @@ def evaluate_retrieval(
         space[0],
         order[:, 0],
     )
+
+
+def matching_rates(images: Tensor, texts: Tensor, groups: Tensor) -> dict[str, Tensor]:
+    """How often the nearest caption of a picture is its own, and the other way round, among all.
+
+    Args:
+        images, texts: embeddings (N, D) of pictures and of their captions, normalised here.
+        groups: int64 (N,), equal where captions are.
+
+    Returns:
+        "image_to_text" and "text_to_image", shares at rank 1, with "_5" at rank 5, and "pairs", N.
+    """
+    similarity = F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T  # (N, N)
+    rates = {"pairs": torch.tensor(float(len(images)))}
+    for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        nearest = groups[scores.topk(min(5, len(groups)), dim=1).indices] == groups[:, None]  # (N, 5)
+        rates[name] = nearest[:, 0].float().mean()
+        rates[f"{name}_5"] = nearest.any(1).float().mean()
+    return rates

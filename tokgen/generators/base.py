@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tokgen.errors import ConfigError, InputError
 from tokgen.generators.conditions import Prompts, T5Features, load_prompts
-from tokgen.generators.text import SETTINGS
 from tokgen.pretrained import Pretrained, Registry
+from tokgen.text import SETTINGS
 from tokgen.tokens import Layout, Tokens
 
 if TYPE_CHECKING:

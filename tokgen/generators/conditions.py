@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
 from tokgen.files import write_json
-from tokgen.generators.text import SETTINGS, TextTokenizer
+from tokgen.text import SETTINGS, TextTokenizer
 
 
 class TextCondition(nn.Module):

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from tokgen.errors import ConfigError, InputError
 from tokgen.generators.base import Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassCondition, FeatureCondition, Prompts, TextCondition
-from tokgen.generators.text import TextTokenizer
 from tokgen.generators.token_shuffle import (
     TokenShuffle,
     TokenUnshuffle,
@@ -43,6 +42,7 @@ from tokgen.generators.token_shuffle import (
 from tokgen.nn.attention import Attention, DecoderBlock, KVCache, RMSNorm, SwiGLU, prefix_attention, rope_table
 from tokgen.nn.int8 import Int8Linear, Int8Weight, to_int8
 from tokgen.nn.linear import Linear, linear
+from tokgen.text import TextTokenizer
 from tokgen.tokens import Grid, Layout
 
 Head = tuple[Tensor | Int8Weight, Tensor | None]

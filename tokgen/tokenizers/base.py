@@ -44,11 +44,12 @@ class VisualTokenizer(Pretrained):
     """
 
     ndim: ClassVar[int] = 4  # of a batch of pixels: 4 for images, 5 for video
+    modality: ClassVar[str] = "pixels"  # the entry of a batch of data that is encoded
 
     # -- what a system implements -------------------------------------------------------------------------------------
 
-    def tokenize(self, pixels: Tensor) -> Tokens:
-        """Tokens of float pixels in [0, 1]; called by `encode` in no-grad mode."""
+    def tokenize(self, pixels: Tensor, **options: Any) -> Tokens:
+        """Tokens of float pixels in [0, 1]; called by `encode` in no-grad mode with the options it was given."""
         raise NotImplementedError
 
     def detokenize(self, tokens: Tokens) -> Tensor:
@@ -65,8 +66,29 @@ class VisualTokenizer(Pretrained):
         return 1
 
     @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that the pixels must have; None where every multiple of `factor` will do."""
+        return None
+
+    @property
     def codebook_sizes(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    def example_pixels(self, batch: int = 3, wide: bool = False, seed: int = 0) -> Tensor:
+        """Smooth random pictures (B, 3, H, W) or clips (B, T, 3, H, W) in [0, 1] that `encode` takes, each of its own kind.
+
+        Args:
+            wide: not square, where the size is free.
+        """
+        f = self.factor
+        h, w = self.image_size or (4 * f, 6 * f if wide else 4 * f)
+        frames = 8 if self.ndim == 5 else 1
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(batch * frames, 3, 6, 6, generator=generator)
+        pixels = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear") * torch.rand(
+            batch * frames, 1, 1, 1, generator=generator
+        )
+        return pixels.unflatten(0, (batch, frames)) if self.ndim == 5 else pixels
 
     @classmethod
     def example_configs(cls) -> dict[str, Any]:
@@ -76,13 +98,16 @@ class VisualTokenizer(Pretrained):
     # -- what users call ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, pixels: Any) -> Tokens:
+    def encode(self, pixels: Any, **options: Any) -> Tokens:
         """Tokens of pixels (see the class). Deterministic, and independent of the rest of the batch, in eval mode.
 
+        Args:
+            options: what the system's `tokenize` takes besides pixels.
+
         Raises:
-            InputError: wrong shape, dtype, range, or a size that is no multiple of `factor`.
+            InputError: wrong shape, dtype, range, or a size that does not fit `factor` or `image_size`.
         """
-        return self.tokenize(self.as_pixels(pixels))
+        return self.tokenize(self.as_pixels(pixels), **options)
 
     @torch.no_grad()
     def decode(self, tokens: Tokens, check: bool = True) -> Tensor:
@@ -105,7 +130,11 @@ class VisualTokenizer(Pretrained):
                     "one that made them, or pass check=False if you know they agree"
                 )
             tokens.validate()
-        return self.detokenize(tokens.to(self.device)).float().clamp(0, 1)
+        return self.finish(self.detokenize(tokens.to(self.device)))
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """What `decode` gives of what `detokenize` gave: float, clamped to [0, 1]."""
+        return pixels.float().clamp(0, 1)
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +153,9 @@ class VisualTokenizer(Pretrained):
                 f"pixels have shape {tuple(pixels.shape)}; expected {shape}, channels before height and width"
             )
         h, w = pixels.shape[-2:]
+        if self.image_size not in (None, (h, w)):
+            size = " x ".join(map(str, self.image_size))
+            raise InputError(f"pixels of {h} x {w} do not fit this tokenizer, which takes {size}; resize them first")
         if h % self.factor or w % self.factor or not h or not w:
             raise InputError(
                 f"pixels of {h} x {w} do not fit this tokenizer: both must be multiples of {self.factor}, "

@@ -129,7 +129,7 @@ class VQGAN(VisualTokenizer):
         quantized = self.quantizer(self.encode_features(pixels))
         reconstruction = self.decode_features(quantized.codes)
         if not self.training:
-            reconstruction = reconstruction.float().clamp(0, 1)
+            reconstruction = self.finish(reconstruction)
         return TokenizerOutput(reconstruction, self.as_tokens(quantized.ids), quantized.losses, quantized.stats)
 
     @classmethod

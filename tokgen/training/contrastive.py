@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
 from tokgen.errors import ConfigError
+from tokgen.evaluation.retrieval import matching_rates
 from tokgen.generators.conditions import dump_prompts, undump_prompts
-from tokgen.generators.text import TextTokenizer
 from tokgen.losses.contrastive import contrastive_loss
 from tokgen.pretrained import config_from_dict
+from tokgen.quantizers.base import gather_over_ranks
+from tokgen.text import TextTokenizer
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
-from tokgen.training.generator import Text, training_captions
+from tokgen.training.captions import Text, vocabulary_of
 
 
 class ContrastiveModule(TrainingModule):
@@ -66,18 +67,8 @@ class ContrastiveModule(TrainingModule):
         data = self.trainer.datamodule
         if data.kind != "images":
             raise ConfigError(f"ContrastiveModule trains on image shards with captions and was given {data.kind}")
-        if self.text.path is not None:
-            self._text = TextTokenizer.from_name(self.text.path, lowercase=self.text.lowercase)
-        elif stage == "fit":
-            made: list[str] = []
-            if self.trainer.is_global_zero:
-                captions = training_captions(data, self.text.max_captions)
-                made = dump_prompts(
-                    TextTokenizer.train(
-                        captions, self.text.vocab_size, self.text.special_words, lowercase=self.text.lowercase
-                    )
-                )
-            self._text = undump_prompts(self.trainer.strategy.broadcast(made))
+        if self.text.path is not None or stage == "fit":
+            self._text = vocabulary_of(self.trainer, self.text)
 
     def configure_model(self) -> None:
         if self.encoder is None:
@@ -149,21 +140,10 @@ class ContrastiveModule(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         """How often the nearest caption of a picture is its own, and the other way round, among all of the split."""
-        images, texts, groups = (torch.cat(parts) for parts in zip(*self._embedded))
-        if self.trainer.world_size > 1:
-            images, texts, groups = (_from_all_ranks(x) for x in (images, texts, groups))
+        embedded = [gather_over_ranks(torch.cat(parts)) for parts in zip(*self._embedded)]
         self._embedded = []
-        similarity = F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-        to_text = groups[similarity.argmax(1)] == groups
-        to_image = groups[similarity.argmax(0)] == groups
-        self.report(
-            {
-                "val/image_to_text": to_text.float().mean(),
-                "val/text_to_image": to_image.float().mean(),
-                "val/pairs": len(images),
-            },
-            bar=["val/image_to_text"],
-        )
+        rates = matching_rates(*embedded)
+        self.report({f"val/{name}": value for name, value in rates.items()}, bar=["val/image_to_text"])
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -172,10 +152,3 @@ class ContrastiveModule(TrainingModule):
     def export(self, folder: Path, write: bool) -> None:
         if write:
             self.encoder.save_pretrained(folder)
-
-
-def _from_all_ranks(x: Tensor) -> Tensor:
-    """Rows of all ranks, of which each may have another number."""
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, x.cpu())
-    return torch.cat(parts).to(x.device)

@@ -7,8 +7,6 @@ import copy
 import dataclasses
 import logging
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,40 +19,20 @@ from tokgen.encoders.base import load_encoder
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
 from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
-from tokgen.generators.text import SETTINGS, TextTokenizer
 from tokgen.generators.token_shuffle import to_windows
 from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
 from tokgen.losses.alignment import AlignmentProjector, alignment_loss
 from tokgen.pretrained import config_from_dict, resolve
 from tokgen.quantizers.base import sum_over_ranks
+from tokgen.text import TextTokenizer
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
+from tokgen.training.captions import Text, learned_vocabulary, made_once, named_vocabulary, training_captions
 
 log = logging.getLogger(__name__)
 # fields of a generator's configuration that the shards and the text encoder decide
 FROM_DATA = ("layout", "codebook_sizes", "text_vocab", "num_classes", "feature_dim")
-
-
-@dataclass(frozen=True)
-class Text:
-    """How captions are read. A class-conditional generator takes each different caption of the training shards as a class.
-
-    Attributes:
-        path: where the text vocabulary comes from: a folder that `TextTokenizer.save` or a generator's `save_pretrained`
-            wrote, or a Hub name; None learns one from the captions of the training shards, the same from the same
-            shards. For condition "features": Hub name or folder of the T5 encoder.
-        vocab_size: upper bound of a learned vocabulary; also the size of the text embedding.
-        special_words: words or phrases that get one id each.
-        lowercase: captions are lower-cased.
-        max_captions: captions read to learn from.
-    """
-
-    path: str | None = None
-    vocab_size: int = 4096
-    special_words: tuple[str, ...] = ()
-    lowercase: bool = True
-    max_captions: int = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -135,7 +113,7 @@ class GeneratorModule(TrainingModule):
         self,
         generator: str = "llama",
         config: dict[str, Any] | None = None,
-        text: Text = Text(),
+        text: Text = Text(),  # noqa: B008  (frozen)
         visual_tokenizer: str | None = None,
         generation: dict[str, Any] | None = None,
         schedule: Schedule = Schedule(warmup_steps=1000),  # noqa: B008  (frozen)
@@ -304,16 +282,10 @@ class GeneratorModule(TrainingModule):
                 raise ConfigError("condition 'features' needs text.path, the Hub name or folder of a T5 encoder")
             return T5Features(self.text.path, self.sizes.get("max_text", 120), self.text.lowercase)
         if condition == "text" and self.text.path is not None:
-            folder = Path(self.text.path)
-            if (folder / SETTINGS).is_file():
-                return TextTokenizer.load(folder)
-            return TextTokenizer.from_name(self.text.path, lowercase=self.text.lowercase)
+            return named_vocabulary(self.text)
         if stage != "fit":
             return None  # comes with the checkpoint
-        made: list[str] = []
-        if self.trainer.is_global_zero:
-            made = dump_prompts(self._learn_classes() if condition == "class" else self._learn_vocabulary())
-        return undump_prompts(self.trainer.strategy.broadcast(made))
+        return made_once(self.trainer, self._learn_classes if condition == "class" else self._learn_vocabulary)
 
     def _learn_classes(self) -> ClassNames:
         names = set(training_captions(self.trainer.datamodule, self.text.max_captions, variants=False))
@@ -323,16 +295,7 @@ class GeneratorModule(TrainingModule):
         return ClassNames(names)
 
     def _learn_vocabulary(self) -> TextTokenizer:
-        start = time.monotonic()
-        captions = list(training_captions(self.trainer.datamodule, self.text.max_captions))
-        text = TextTokenizer.train(
-            captions, self.text.vocab_size, self.text.special_words, lowercase=self.text.lowercase
-        )
-        log.info(
-            "text vocabulary: %d ids learned from %d captions in %.1f s",
-            text.vocab_size, len(captions), time.monotonic() - start,
-        )  # fmt: skip
-        return text
+        return learned_vocabulary(self.trainer.datamodule, self.text)
 
     def _prompt_sizes(self, text: Prompts | None) -> dict[str, int]:
         """The configuration fields that follow from what reads the prompts."""
@@ -568,37 +531,6 @@ class GeneratorModule(TrainingModule):
             generator = _gathered(generator)
         if write:
             generator.save_pretrained(folder, tokenizer=self.visual_tokenizer)
-
-
-def training_captions(data: Any, limit: int, variants: bool = True) -> Iterator[str]:
-    """Captions of the training shards in their order, with the `variants` in the JSON metadata or without; `limit` at most."""
-    from tokgen.data.decode import BadSample, decode_caption, decode_json
-    from tokgen.data.tar import iter_samples, open_bytes
-
-    shards, count = data.sets["train"], 0
-    for shard in shards.shards:
-        chosen = None if shard.selected is None else set(shard.selected.tolist())
-        with open_bytes(shard.location, shards.allow_shell_urls) as file:
-            samples = iter_samples(
-                file,
-                extensions=("txt", "json"),
-                max_member_bytes=data.max_member_bytes,
-                wanted=lambda index, chosen=chosen: chosen is None or index in chosen,
-            )
-            for _, sample in samples:
-                texts = []
-                try:
-                    texts += [caption] if (caption := decode_caption(sample.members)) is not None else []
-                    if variants and "json" in sample.members:
-                        others = decode_json(sample.members["json"]).get("captions")
-                        texts += [v for v in others if isinstance(v, str)] if isinstance(others, list) else []
-                except BadSample:
-                    continue
-                for text in filter(None, texts):
-                    yield text
-                    count += 1
-                    if count >= limit:
-                        return
 
 
 def _gathered(generator: Generator) -> Generator:

@@ -41,6 +41,7 @@ from tokgen.training.callbacks import (
 from tokgen.training.checkpoint import BEST, LAST, AtomicCheckpointIO, Checkpoint, find_last, read_checkpoint
 from tokgen.training.ema import EMA
 from tokgen.training.generator import GeneratorModule  # noqa: F401
+from tokgen.training.staged import StagedModule  # noqa: F401
 
 log = logging.getLogger(__name__)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")

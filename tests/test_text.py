@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
-from tokgen.generators.text import BOS, PAD, TextTokenizer
+from tokgen.text import BOS, PAD, TextTokenizer
 
 STRANGE = [
     "naïve café", "红心，三维", "🫶🏽 family 👨‍👩‍👧", "ׁשלום العالم", "a\u200bb", "½ ﬁ ẞ", "<pad> <s> </s>", PAD + BOS,
@@ -123,7 +123,7 @@ def test_bad_arguments_are_named(captions, text):
 @pytest.mark.slow
 def test_training_gives_the_same_vocabulary_in_any_process(captions):
     code = (
-        "import sys, json; from tokgen.generators.text import TextTokenizer;"
+        "import sys, json; from tokgen.text import TextTokenizer;"
         "print(TextTokenizer.train(json.loads(sys.argv[1]), 330, ['3d style']).tokenizer.to_str())"
     )
     many = [f"{a} {b} {c}" for a in captions for b in ("sun", "moon", "seven") for c in ("up", "down", "seventh")]
