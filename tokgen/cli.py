@@ -58,6 +58,7 @@ def tokenize(
     batch_size: int = 32,
     resize: Literal["crop", "squash"] = "crop",
     max_samples: int = 10_000,
+    keep: int | float | None = None,
     device: str | None = None,
 ) -> None:
     """Write code shards (ids and captions) of image shards, for generators to train on; continues an interrupted run.
@@ -68,38 +69,111 @@ def tokenize(
         out: folder for the code shards.
         embed: image encoder whose embedding of each picture is stored too, for global alignment (ARRA): a folder, or a
             name such as "transformers:openai/clip-vit-large-patch14".
-        size: side of the square images; without it they are taken as they are.
+        size: side of the square images; without it they are taken as they are, or as the tokenizer needs them.
         batch_size: images encoded at once.
         resize: how images become square.
         max_samples: samples in a shard.
+        keep: of tokenizers that choose how many tokens a picture gets: a count, or a share such as 0.25.
         device: such as "cuda:0"; the best there is without it.
     """
     from tokgen.precompute import tokenize_shards
 
+    tokenizer = _load(model, "tokenizer", device)
+    options = _encode_options(tokenizer, keep=keep)
     encoder = None
     if embed is not None:
         from tokgen.encoders.base import load_encoder
 
         encoder = load_encoder(embed).to(device or _best_device())
     report = tokenize_shards(
-        _load(model, "tokenizer", device), shards, out,
-        encoder=encoder, encoder_from=embed, size=size, batch_size=batch_size, resize=resize, max_samples=max_samples,
+        tokenizer, shards, out, encoder=encoder, encoder_from=embed, size=size, batch_size=batch_size, resize=resize,
+        max_samples=max_samples, options=options,
     )  # fmt: skip
     print(f"{report}; code shards are in {out}")
 
 
-def encode(images: list[str], model: str, out: str, size: int | None = None, device: str | None = None) -> None:
+def features(
+    shards: str,
+    encoder: str,
+    out: str,
+    size: int | None = None,
+    resize: Literal["squash", "crop"] = "squash",
+    batch_size: int = 32,
+    max_samples: int = 10_000,
+    device: str | None = None,
+) -> None:
+    """Write image shards with a frozen encoder's features, for semantic tokenizers to train on; continues an interrupted run.
+
+    Args:
+        shards: folder of image shards.
+        encoder: what the tokenizer's config.encoder names: a folder, or a name such as "timm:vit_base_patch16_224.dino".
+        out: folder for the image shards with features.
+        size: side of the square images, image_size in training; without it all images must be squares of one size.
+        resize: how images become square, as in training.
+        batch_size: images encoded at once.
+        max_samples: samples in a shard.
+        device: such as "cuda:0"; the best there is without it.
+    """
+    from tokgen.encoders.base import load_encoder
+    from tokgen.precompute import feature_shards
+
+    network = load_encoder(encoder).to(device or _best_device())
+    report = feature_shards(
+        network, shards, out, encoder_from=encoder, size=size, resize=resize, batch_size=batch_size, max_samples=max_samples
+    )  # fmt: skip
+    print(f"{report}; image shards with features of {network.name} are in {out}")
+
+
+def motion(
+    source: str,
+    out: str,
+    method: Literal["codec", "match"] = "codec",
+    fps: float = 6.0,
+    side: int = 640,
+    clips: int | None = None,
+    max_samples: int = 2000,
+) -> None:
+    """Write motion shards of videos, for motion tokenizers to train on; continues an interrupted run.
+
+    Args:
+        source: folder of videos (NAME.txt beside NAME.mp4 is its caption), or of video shards.
+        out: folder for the motion shards.
+        method: "codec" takes the motion vectors of MPEG-4 part 2, as published; "match" finds them by block matching.
+        fps: frames a second; the publication has 6.
+        side: longer side that larger pictures are shrunk to, in pixels.
+        clips: of each video, at most; all without it.
+        max_samples: samples in a shard.
+    """
+    from tokgen.data.motion import motion_shards
+
+    report = motion_shards(source, out, method=method, fps=fps, side=side, clips=clips, max_samples=max_samples)
+    print(f"{report}; motion shards are in {out}")
+
+
+def encode(
+    images: list[str],
+    model: str,
+    out: str,
+    size: int | None = None,
+    resize: Literal["crop", "squash"] = "crop",
+    keep: int | float | None = None,
+    device: str | None = None,
+) -> None:
     """Turn images into a file of tokens.
 
     Args:
         images: .jpg, .png or .webp files; several must come to one size.
         model: folder or Hub name of the tokenizer.
         out: the token file to write (.safetensors).
-        size: scale the short side to this and crop a square; without it images are cropped to the tokenizer's factor.
+        size: side of the square images; without it that which the tokenizer is made for, or else images are cropped to the
+            tokenizer's factor.
+        resize: how images become square: the centre, or the whole without regard to its aspect ratio.
+        keep: of tokenizers that choose how many tokens a picture gets: a count, or a share such as 0.25.
         device: such as "cuda:0"; the best there is without it.
     """
     import torch
 
+    from tokgen.data.batches import resize_image
     from tokgen.images import read_image
 
     if Path(out).suffix != ".safetensors":
@@ -107,15 +181,24 @@ def encode(images: list[str], model: str, out: str, size: int | None = None, dev
             f"tokens are written as safetensors; give --out a name that ends in .safetensors instead of {out!r}"
         )
     tokenizer = _load(model, "tokenizer", device)
-    pictures = [read_image(path, size, tokenizer.factor) for path in images]
+    _need_pictures(tokenizer, model)
+    options = _encode_options(tokenizer, keep=keep)
+    size = tokenizer.image_size[0] if size is None and tokenizer.image_size is not None else size
+    if resize == "squash":
+        if size is None:
+            raise InputError("--resize squash needs a size to squash to; give --size")
+        pictures = [resize_image(read_image(path), size, resize) for path in images]
+    else:
+        pictures = [read_image(path, size, tokenizer.factor) for path in images]
     if len({p.shape for p in pictures}) > 1:
         raise InputError(
             f"the images come to different sizes {sorted({tuple(p.shape[1:]) for p in pictures})}; give --size"
         )
-    tokens = tokenizer.encode(torch.stack(pictures)).cpu()
+    tokens = tokenizer.encode(torch.stack(pictures), **options).cpu()
     tokens.save(out)
-    bits = tokens.bits.mean().item()
-    print(f"{len(tokens)} image(s), {tokens.layout}, {bits:.0f} bits each, saved to {out}")
+    lengths = sorted(set(tokens.lengths.tolist()))
+    ragged = f", {lengths[0]} to {lengths[-1]} tokens" if len(lengths) > 1 else f", {lengths[0]} tokens"
+    print(f"{len(tokens)} image(s), {tokens.layout}{ragged}, {tokens.bits.mean():.0f} bits each, saved to {out}")
 
 
 def decode(tokens: str, model: str, out: str, columns: int | None = None, device: str | None = None) -> None:
@@ -131,8 +214,9 @@ def decode(tokens: str, model: str, out: str, columns: int | None = None, device
     from tokgen.images import image_grid, write_png
     from tokgen.tokens import Tokens
 
-    loaded = Tokens.load(tokens)
-    pixels = _load(model, "tokenizer", device).decode(loaded)
+    loaded, tokenizer = Tokens.load(tokens), _load(model, "tokenizer", device)
+    _need_pictures(tokenizer, model)
+    pixels = tokenizer.decode(loaded)
     settings = {"tokens": Path(tokens).name, "tokenizer": loaded.tokenizer}
     write_png(pixels[0] if len(pixels) == 1 else image_grid(pixels, columns), out, settings)
     print(f"{len(pixels)} image(s) of {pixels.shape[-2]} x {pixels.shape[-1]} decoded to {out}")
@@ -232,9 +316,7 @@ def check(target: str) -> None:
     else:
         module = _load(target, None, None)
         if not isinstance(module, VisualTokenizer):
-            raise InputError(
-                f"{target} is a {module.type_name} generator; `tokgen check` takes tokenizers, quantizers and shards"
-            )
+            raise InputError(f"{target} is {_what(module)}; `tokgen check` takes tokenizers, quantizers and shards")
         modules = [(target, module)]
     broken = 0
     for label, module in modules:
@@ -249,7 +331,7 @@ def check(target: str) -> None:
 
 
 def convert(
-    family: Literal["llamagen-vq", "llamagen-gpt"],
+    family: Literal["llamagen-vq", "llamagen-gpt", "eva", "seed", "lavit", "video-lavit-motion"],
     checkpoint: str,
     out: str,
     tokenizer: str | None = None,
@@ -257,29 +339,59 @@ def convert(
     heads: int | None = None,
     text_encoder: str | None = None,
     class_names: str | None = None,
+    form: Literal["seed", "lavit"] | None = None,
+    vit: str | None = None,
+    decoder: str | None = None,
+    visual_weight: str | None = None,
+    text: str | None = None,
 ) -> None:
     """Turn a published checkpoint into a model folder, strictly: every tensor is mapped or named as ignored.
 
     Args:
         family: which published layout it has.
-        checkpoint: the downloaded .pt or .safetensors file.
+        checkpoint: the downloaded file, such as seed_quantizer.pt of seed, tokenizer_encoder.bin of lavit,
+            motion_tokenizer.bin of video-lavit-motion, eva_vit_g.pth or eva_vitg_psz14.bin of eva.
         out: folder to write.
         tokenizer: of a generator: folder of the tokenizer whose codes it draws (converted before), which is recorded.
         grid: of llamagen-gpt: side of the square of codes, such as 24; taken from published file names without it.
-        heads: of llamagen-gpt: attention heads, for sizes that were not published.
+        heads: of llamagen-gpt, lavit and video-lavit-motion: attention heads, for sizes that were not published.
         text_encoder: of llamagen-gpt by text: Hub name or folder of the T5; the published one without it.
         class_names: of llamagen-gpt by class: text file of names, one in a line; numbers without it.
+        form: of eva: whose vision tower it is.
+        vit: of seed and lavit: file of the vision tower, eva_vit_g.pth or eva_vitg_psz14.bin.
+        decoder: of lavit: tokenizer_decoder.bin or highres_tokenizer_decoder.bin.
+        visual_weight: of lavit: visual_weight.bin, the features that its language model reads; left out without it.
+        text: of seed with its text side: Hub name or folder of BERT's vocabulary.
     """
     from tokgen.generators.base import Generator
+    from tokgen.importers.eva import load_eva
+    from tokgen.importers.lavit import load_lavit
     from tokgen.importers.llamagen import load_vq
     from tokgen.importers.llamagen_gpt import load_gpt
+    from tokgen.importers.seed import load_seed
+    from tokgen.importers.video_lavit import load_motion_tokenizer
 
-    loader = {"llamagen-vq": load_vq, "llamagen-gpt": load_gpt}[family]
-    options = {"grid": grid, "heads": heads, "text_encoder": text_encoder, "class_names": class_names}
+    loaders: dict[str, Callable[..., Any]] = {
+        "llamagen-vq": load_vq,
+        "llamagen-gpt": load_gpt,
+        "eva": load_eva,
+        "seed": load_seed,
+        "lavit": lambda path, vit, decoder, visual_weight=None, heads=None: load_lavit(
+            vit, path, decoder, visual_weight, heads
+        ),
+        "video-lavit-motion": load_motion_tokenizer,
+    }
+    loader, options = loaders[family], {"grid": grid, "heads": heads, "text_encoder": text_encoder}
+    options |= {"class_names": class_names, "form": form, "vit": vit, "decoder": decoder}
+    options |= {"visual_weight": visual_weight, "text": text}
     options = {name: value for name, value in options.items() if value is not None}
+    wanted = dict(list(inspect.signature(loader).parameters.items())[1:])  # beside the checkpoint
     for name in options:
-        if name not in inspect.signature(loader).parameters:
+        if name not in wanted:
             raise InputError(f"--{name} says nothing about {family}; leave it out")
+    for name, parameter in wanted.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise InputError(f"{family} also needs --{name}; `tokgen convert --help` says what it is")
     if tokenizer is not None and not Path(tokenizer).is_dir():
         raise InputError(f"no tokenizer folder at {tokenizer}; make it with tokgen convert llamagen-vq")
     visual = None if tokenizer is None else _load(tokenizer, "tokenizer", "cpu")
@@ -295,10 +407,10 @@ def convert(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (pack, tokenize, encode, decode, sample, check, convert)
+    f.__name__: f for f in (pack, tokenize, features, motion, encode, decode, sample, check, convert)
 }
 POSITIONAL = {
-    "pack": ["source"], "tokenize": ["shards"], "encode": ["images"], "decode": ["tokens"],
+    "pack": ["source"], "tokenize": ["shards"], "features": ["shards"], "motion": ["source"], "encode": ["images"], "decode": ["tokens"],
     "sample": ["prompts"], "check": ["target"], "convert": ["family", "checkpoint"],
 }  # fmt: skip
 
@@ -316,8 +428,36 @@ def _load(model: str, expected: str | None, device: str | None) -> Any:
 
     module = load(model, device=device or _best_device())
     if expected == "tokenizer" and not isinstance(module, VisualTokenizer):
-        raise InputError(f"{model} is a generator ({module.type_name}); a tokenizer is needed here")
+        raise InputError(f"{model} is {_what(module)}; a tokenizer is needed here")
     return module
+
+
+def _what(module: Any) -> str:
+    from tokgen.encoders.base import ImageEncoder
+
+    return (
+        f"an image encoder ({module.name})" if isinstance(module, ImageEncoder) else f"a generator ({module.type_name})"
+    )
+
+
+def _need_pictures(tokenizer: Any, model: str) -> None:
+    if tokenizer.modality != "pixels" or tokenizer.ndim != 4:
+        raise InputError(
+            f"{model} is a {tokenizer.type_name}, whose tokens stand for {tokenizer.modality} and not for pictures; use it in "
+            "Python, as its card shows"
+        )
+
+
+def _encode_options(tokenizer: Any, **given: Any) -> dict[str, Any]:
+    """Those options of `encode` that were given. Raises InputError for one that the tokenizer does not take."""
+    options = {name: value for name, value in given.items() if value is not None}
+    takes = inspect.signature(getattr(tokenizer, "tokenize_features", tokenizer.tokenize)).parameters
+    for name in options:
+        if name not in takes:
+            raise InputError(
+                f"--{name} says nothing about a {tokenizer.type_name} tokenizer, which has no such choice; leave it out"
+            )
+    return options
 
 
 def _parser(name: str) -> Any:

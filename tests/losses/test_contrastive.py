@@ -46,6 +46,14 @@ def test_embeddings_of_half_precision_are_compared_in_full():
     assert loss.dtype == torch.float32
 
 
+def test_label_smoothing_spreads_the_target():
+    images, texts = rows()
+    logits = 7 * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    own = torch.arange(BATCH)
+    parts = [F.cross_entropy(x, own, label_smoothing=0.1) for x in (logits, logits.T)]
+    assert torch.allclose(contrastive_loss(images, texts, SCALE, label_smoothing=0.1), sum(parts) / 2, atol=1e-6)
+
+
 def work(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {}
@@ -54,6 +62,11 @@ def work(rank: int, folder: str) -> None:
         loss = contrastive_loss(images, texts, SCALE, None if groups is None else groups[3 * rank : 3 * rank + 3])
         loss.backward()
         results[name] = loss.detach(), images.grad, texts.grad
+    for negatives in ("ranks-detached", "local"):
+        images, texts = (x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in rows())
+        loss = contrastive_loss(images, texts, SCALE, negatives=negatives)
+        loss.backward()
+        results[negatives] = loss.detach(), images.grad, texts.grad
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -70,3 +83,23 @@ def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path):
         # data-parallel training averages gradients of weights over ranks: half of each rank's sum
         for k, expected in ((1, images.grad), (2, texts.grad)):
             assert torch.allclose(torch.cat([p[k] for p in parts]) / 2, expected, atol=1e-6)
+
+    for rank, parts in enumerate(ranks):
+        mine = slice(3 * rank, 3 * rank + 3)
+        others = [F.normalize(x, dim=1) for x in rows()]
+        own = 3 * rank + torch.arange(3)
+        # negatives of all ranks as constants: gradients only through the rows that ask
+        images, texts = (x[mine].clone().requires_grad_() for x in rows())
+        asked = (
+            F.cross_entropy(7 * F.normalize(x, dim=1) @ y.T, own) for x, y in ((images, others[1]), (texts, others[0]))
+        )
+        loss = sum(asked) / 2
+        loss.backward()
+        for got, expected in zip(parts["ranks-detached"], (loss.detach(), images.grad, texts.grad)):
+            assert torch.allclose(got, expected, atol=1e-6)
+        # this rank's rows alone
+        images, texts = (x[mine].clone().requires_grad_() for x in rows())
+        loss = contrastive_loss(images, texts, SCALE)
+        loss.backward()
+        for got, expected in zip(parts["local"], (loss.detach(), images.grad, texts.grad)):
+            assert torch.allclose(got, expected, atol=1e-6)

@@ -56,6 +56,16 @@ def test_ema_is_the_textbook_update(metric):
     assert "codebook" not in out.losses
 
 
+def test_the_codebook_term_has_a_weight_of_its_own():
+    z = torch.randn(40, 4)
+    losses = {}
+    for weight in (1.0, 0.25):
+        torch.manual_seed(0)
+        losses[weight] = VQ(4, 16, beta=1.0, codebook_weight=weight).train()(z).losses
+    assert losses[0.25]["codebook"] == 0.25 * losses[1.0]["codebook"]
+    assert losses[0.25]["commitment"] == losses[1.0]["commitment"] == losses[1.0]["codebook"]
+
+
 def test_unused_codes_stay_where_they_are():
     vq = VQ(3, 8, update="ema", decay=0.5).train()
     vq.codebook.weight[4:] = 100.0

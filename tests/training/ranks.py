@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import tiny
@@ -77,6 +78,53 @@ def aligned(world: int, folder: Path, out: Path) -> None:
             trainer.fit(module, datamodule=FixedBatches(folder, world), ckpt_path=ckpt_path)
 
 
+def staged(name: str, world: int, folder: Path, out: Path) -> None:
+    """The stages of a SEED or of a LaVIT; each rank has a half of the batch, and validates its part of 3 pictures."""
+    # draws differ between ranks by design: no dropout, all 16 places are kept, and no k-means
+    codebook = {"type": "vq", "codebook_size": 64, "metric": "sphere", "update": "ema"}
+    lavit = [tiny.Stage("features", 2, freeze=("selector",)), tiny.Stage("codebook", 3, freeze=("selector",))]
+    kind, plain, stages = {
+        "contrast": ("seed", {"dropout": 0.0}, [tiny.Stage("contrastive", 3), tiny.Stage("pixels", 1)]),
+        "seed": ("seed", {"dropout": 0.0}, [tiny.Stage("codebook", 3), tiny.Stage("pixels", 3)]),
+        "lavit": (
+            "lavit",
+            {"fixed_keep": 16, "threshold": None, "quantizer": codebook},
+            [*lavit, tiny.Stage("pixels", 1)],
+        ),
+    }[name]
+    sgd = lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)  # noqa: E731
+    module, record = tiny.staged(kind, folder / "eye", stages, plain, optimizer=sgd), tiny.Record()
+    trainer = tiny.trainer(
+        out / f"{name}{world}", Checkpoint(), record, devices=world, strategy="auto" if world == 1 else "ddp",
+        max_steps=module.schedule.total_steps, val_check_interval=2,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=FixedPictures(folder, world))
+    flat = torch.cat([v.detach().double().flatten() for v in module.state_dict().values()])
+    if world > 1:
+        both = [torch.zeros_like(flat) for _ in range(world)]
+        torch.distributed.all_gather(both, flat)
+        assert torch.equal(both[0], both[1]), "ranks differ"
+    if trainer.is_global_zero:
+        rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in record.rows]
+        torch.save({"weights": module.state_dict(), "rows": rows}, out / f"{name}{world}.pt")
+
+
+class FixedPictures(tiny.ShardsDataModule):
+    """8 pictures a step in the order of the shards, whatever the number of processes."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        pictures = {"image_size": tiny.SIZE, "batch_size": 8}
+        super().__init__(train=str(folder / "images" / "train"), val=str(folder / "images" / "val"), **pictures)
+        self.folder, self.processes = folder, world
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        whole = tiny.ShardsDataModule(val=str(self.folder / "images" / "train"), batch_size=48, image_size=tiny.SIZE)
+        batch = next(iter(whole.val_dataloader()))
+        samples = [{k: batch[k][i] for k in ("pixels", "caption")} for i in range(48)]
+        mine = samples[self.trainer.global_rank :: self.processes]
+        return torch.utils.data.DataLoader(mine, 8 // self.processes, shuffle=False)
+
+
 class FixedBatches(tiny.ShardsDataModule):
     """8 samples a step in the order of the shards, whatever the number of processes."""
 
@@ -98,4 +146,6 @@ class FixedBatches(tiny.ShardsDataModule):
 if __name__ == "__main__":
     torch.manual_seed(0)
     kind, world, folder, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    {"autoencoder": autoencoder, "generator": generator, "aligned": aligned}[kind](world, folder, out)
+    {"autoencoder": autoencoder, "generator": generator, "aligned": aligned}.get(kind, partial(staged, kind))(
+        world, folder, out
+    )

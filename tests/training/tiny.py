@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from PIL import Image
 
 from tokgen.data.datamodule import ShardsDataModule
 from tokgen.data.shards import ShardWriter
+from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
+from tokgen.tokenizers.lavit import LAVIT
+from tokgen.tokenizers.seed import SEED
+from tokgen.tokenizers.semantic import SemanticTokenizer
 from tokgen.tokenizers.vqgan import VQGAN, VQGANConfig
 from tokgen.tokens import Grid
 from tokgen.training.autoencoder import AutoencoderLoss, AutoencoderModule
@@ -22,6 +27,7 @@ from tokgen.training.callbacks import StepSeed
 from tokgen.training.captions import Text
 from tokgen.training.checkpoint import AtomicCheckpointIO
 from tokgen.training.generator import GeneratorModule
+from tokgen.training.staged import Stage, StagedModule
 
 SIZE = 16
 LAYOUT, CODES = Grid(4, 4), 32
@@ -86,6 +92,37 @@ def generator(total_steps: int = 100, seed: int = 0, **settings: Any) -> Generat
     settings.setdefault("schedule", Schedule(total_steps, kind="constant"))
     settings.setdefault("text", Text(vocab_size=300))
     return GeneratorModule(config={**config, **settings.pop("config", {})}, **settings)
+
+
+def eyes(folder: Path, embed_dim: int = 16, seed: int = 5) -> Path:
+    """A published contrastive encoder of random weights: the eye of semantic tokenizers, or their teacher."""
+    torch.manual_seed(seed)
+    encoder = ContrastiveEncoder(ContrastiveConfig(SIZE, 4, 32, 2, 48, 1, 1, embed_dim, 8, 4))
+    for p in encoder.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    return encoder.save_pretrained(folder)
+
+
+def semantic(kind: str, encoder: Path, seed: int = 0, **changes: Any) -> SemanticTokenizer:
+    """A SEED ("contrastive", "codebook", "pixels") or a LaVIT ("features", "codebook", "pixels") for `write_images`."""
+    cls, example = {"seed": (SEED, "text"), "lavit": (LAVIT, "eva")}[kind]
+    config = asdict(cls.example_configs()[example])
+    painter = {"dim": 32, "heads": 2, "hidden": 64, "depth": 1, "patch": 8}
+    config |= {"image_size": SIZE, "encoder": {"pretrained": str(encoder)}, "pixel_decoder": painter, **changes}
+    torch.manual_seed(seed)
+    return cls(cls.config_class(**config))
+
+
+def staged(kind: str, encoder: Path, stages: list[Stage], changes: dict[str, Any] | None = None, **settings: Any):
+    """A module for `semantic`; the teacher and the vocabulary that a SEED's stages ask for are given."""
+    names = {stage.name for stage in stages}
+    if kind == "seed" and "codebook" in names:
+        settings.setdefault("teachers", {"image_embedding": str(encoder)})
+    if kind == "seed" and "init_from" not in settings:
+        settings.setdefault("text", Text(vocab_size=280))
+    settings.setdefault("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+    return StagedModule(semantic(kind, encoder, **(changes or {})), stages, **settings)
 
 
 class Pixels(torch.utils.data.Dataset):

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from tokgen.data.decode import (
     EMBEDDING,
+    FEATURES,
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
     VIDEO_EXTENSIONS,
     BadSample,
     decode_caption,
     decode_embedding,
+    decode_features,
     decode_image,
     decode_json,
+    decode_motion,
     decode_npy,
 )
 from tokgen.data.tar import RawSample
@@ -116,6 +119,8 @@ class ImageSamples:
         flip: mirror left and right with probability 1/2.
         shift: move by up to this many pixels each way, edges repeated.
         train: draw crops, flips and shifts; otherwise the crop is central and there is neither flip nor shift.
+        features: (N, C) of the features that every sample must then have, `KEY.feat.npy`: the batch also holds
+            {"features": float16 (B, N, C)}; None reads none. They are those of the picture without flip, shift or drawn crop.
     """
 
     captions: Captions = Captions()
@@ -125,6 +130,7 @@ class ImageSamples:
     shift: int = 0
     train: bool = True
     max_pixels: int = MAX_PIXELS
+    features: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_MODES:
@@ -136,13 +142,19 @@ class ImageSamples:
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        return (*IMAGE_EXTENSIONS, *self.captions.extensions)
+        features = () if self.features is None else (FEATURES,)
+        return (*IMAGE_EXTENSIONS, *self.captions.extensions, *features)
 
     def __call__(self, raw: RawSample, rng: random.Random) -> dict[str, Any]:
         caption = self.captions(raw, rng)  # first: cheaper than the picture
         data = next((raw.members[e] for e in IMAGE_EXTENSIONS if e in raw.members), None)
         if data is None:
             raise BadSample("no image")
+        item: dict[str, Any] = {"caption": caption, "key": raw.key}
+        if self.features is not None:
+            if FEATURES not in raw.members:
+                raise BadSample("no features")
+            item["features"] = decode_features(raw.members[FEATURES], self.features)
         x = decode_image(data, self.max_pixels)
         if self.resize != "none":
             x = resize_image(x, self.size, self.resize, rng if self.train else None)
@@ -153,7 +165,7 @@ class ImageSamples:
             rows = (torch.arange(x.shape[1]) + dy).clamp_(0, x.shape[1] - 1)
             columns = (torch.arange(x.shape[2]) + dx).clamp_(0, x.shape[2] - 1)
             x = x[:, rows][:, :, columns]
-        return {"pixels": x, "caption": caption, "key": raw.key}
+        return {"pixels": x, **item}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sizes = {tuple(item["pixels"].shape[-2:]) for item in items}
@@ -163,11 +175,14 @@ class ImageSamples:
                 f'Sample {odd["key"]} is {tuple(odd["pixels"].shape[-2:])} and resize is "none", which needs images of '
                 f'one size{f" ({self.size})" if self.size else ""}; choose "crop" or "squash" with image_size.'
             )
-        return {
+        batch = {
             "pixels": torch.stack([item["pixels"].contiguous() for item in items]),  # (B, 3, H, W)
             "caption": [item["caption"] for item in items],
             "key": [item["key"] for item in items],
         }
+        if self.features is not None:
+            batch["features"] = torch.stack([item["features"] for item in items])  # (B, N, C)
+        return batch
 
 
 # ------------------------------------------------------------------------------------------------------ codes and videos
@@ -252,3 +267,41 @@ class VideoSamples:
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {name: [item[name] for item in items] for name in ("video", "caption", "key")}
+
+
+# --------------------------------------------------------------------------------------------------------------- motion
+
+
+@dataclass(frozen=True)
+class MotionSamples:
+    """`KEY.npy` with `KEY.txt`, if there is one -> {"motion": float32 (B, T, 2, h, w), "caption": list, "key": list}.
+
+    Args:
+        shape: (T, 2, h, w) of every map; see `tokgen.data.motion`.
+        flip: mirror left and right with probability 1/2, where `train` is set: the map, and the sign of motion to the right.
+    """
+
+    captions: Captions = Captions(required=False)
+    shape: tuple[int, ...] = (24, 2, 20, 36)
+    flip: bool = False
+    train: bool = True
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return ("npy", *self.captions.extensions)
+
+    def __call__(self, raw: RawSample, rng: random.Random) -> dict[str, Any]:
+        caption = self.captions(raw, rng)
+        if "npy" not in raw.members:
+            raise BadSample("no motion")
+        motion = decode_motion(raw.members["npy"], self.shape)
+        if self.train and self.flip and rng.random() < 0.5:
+            motion = motion.flip(-1) * motion.new_tensor([-1, 1]).view(2, 1, 1)
+        return {"motion": motion, "caption": caption, "key": raw.key}
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            "motion": torch.stack([item["motion"] for item in items]),  # (B, T, 2, h, w)
+            "caption": [item["caption"] for item in items],
+            "key": [item["key"] for item in items],
+        }

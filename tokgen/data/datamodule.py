@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 
-from tokgen.data.batches import Captions, CodeSamples, ImageSamples, VideoSamples
+from tokgen.data.batches import Captions, CodeSamples, ImageSamples, MotionSamples, VideoSamples
 from tokgen.data.decode import MAX_MEMBER_BYTES, MAX_PIXELS, BadSample
-from tokgen.data.shard_set import ShardSet
+from tokgen.data.shard_set import ShardSet, features_identity
 from tokgen.data.stream import ShardLoader
 from tokgen.data.tar import iter_samples, open_bytes
 from tokgen.errors import ConfigError, DataError
@@ -21,10 +22,12 @@ log = logging.getLogger(__name__)
 class ShardsDataModule(L.LightningDataModule):
     """Streams shard folders (see `tokgen.data.shards`) into batches. The kind of batch follows from the manifest:
 
-    - images: {"pixels": uint8 (B, 3, S, S), "caption": list[str], "key": list[str]}
+    - images: {"pixels": uint8 (B, 3, S, S), "caption": list[str], "key": list[str]}, and "features", float16 (B, N, C), where
+      the shards hold features (`tokgen features`) of the very pictures that the batches hold
     - codes: {"ids": int64 (B, N[, C]), "mask": bool (B, N), "caption": list[str], "key": list[str]}, and
       "embedding", float32 (B, D), where the shards hold embeddings (`tokgen tokenize --embed`)
     - videos: {"video": list[bytes], "caption": list[str], "key": list[str]}
+    - motion: {"motion": float32 (B, T, 2, h, w), "caption": list[str], "key": list[str]}; captions may be missing ("")
 
     Validation and test batches also hold "valid", bool (B,): False marks a repeat, which metrics must leave out. Every
     sample comes exactly once on the union of ranks; where samples do not divide, the ranks with fewer get a one-sample
@@ -37,7 +40,7 @@ class ShardsDataModule(L.LightningDataModule):
         image_size: side of the square images in pixels; None only with resize="none".
         resize: "crop" (central square), "random_crop" (a random square along the long side; central in validation),
             "squash" (aspect ratio lost) or "none" (images already have one size).
-        random_flip: mirror half of the training images. Wrong for pictures with text, or captions with "left".
+        random_flip: mirror half of the training images or motion maps. Wrong for pictures with text, or captions with "left".
         random_shift: move training images by up to this many pixels each way, edges repeated.
         shuffle_buffer: undecoded samples that each reader draws from.
         seed: orders, augmentations and caption choices follow from it.
@@ -51,11 +54,14 @@ class ShardsDataModule(L.LightningDataModule):
         filter: field -> accepted values, on the JSON metadata, such as {"group": ["animals-nature"]}; applies to all
             splits and costs one pass over their JSON members at set-up.
         multiprocessing_context: "fork", "spawn" or "forkserver"; None: Python's default.
+        features: read the features of image shards. None: where the folders of all splits hold them from one encoder, for
+            this image_size and resize, and pictures are not augmented; True: they must; False: never.
 
     Attributes:
-        kind: "images", "codes" or "videos" (after `setup`).
+        kind: "images", "codes", "videos" or "motion" (after `setup`).
         meta: the manifest's meta (after `setup`); for codes the tokenizer's fingerprint, layout and codebook sizes, and
-            "embedding", {"encoder": what made them, "dim": D, …}, where all samples have embeddings of one encoder.
+            "embedding", {"encoder": what made them, "dim": D, …}, where all samples have embeddings of one encoder; for
+            images "features", {"encoder", "fingerprint", "shape", …}, where batches hold them.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class ShardsDataModule(L.LightningDataModule):
         caption_word_dropout: float = 0.0,
         filter: dict[str, Any] | None = None,
         multiprocessing_context: str | None = None,
+        features: bool | None = None,
     ):
         super().__init__()
         self.folders = {"train": train, "val": val, "test": test}
@@ -93,6 +100,8 @@ class ShardsDataModule(L.LightningDataModule):
         self.allow_shell_urls = allow_shell_urls
         self.caption_variants, self.caption_word_dropout = caption_variants, caption_word_dropout
         self.filter, self.multiprocessing_context = filter, multiprocessing_context
+        self.features = features
+        self._features: dict[str, Any] | None = None  # of the manifests; what batches hold, once the first set is open
         self.sets: dict[str, ShardSet] = {}
         self.loaders: dict[str, ShardLoader] = {}
 
@@ -110,9 +119,7 @@ class ShardsDataModule(L.LightningDataModule):
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}.get(
             stage, ("train", "val", "test")
         )
-        for split in wanted:
-            if self.folders[split] and split not in self.sets:
-                self.sets[split] = self._open(split)
+        self._open(*wanted)
         sets = list(self.sets.items())
         for split, shards in sets[1:]:
             first, other = sets[0]
@@ -128,13 +135,65 @@ class ShardsDataModule(L.LightningDataModule):
         if "train" in self.sets and self.sets["train"].samples < world * self.batch_size:
             self._loader("train", train=True)  # raises, in words
 
-    def _open(self, split: str) -> ShardSet:
+    def _open(self, *splits: str) -> None:
+        new = {split: self._read(split) for split in splits if self.folders[split] and split not in self.sets}
+        if not self.sets:
+            self._features = self._choose_features(new)
+        elif self.features and any(not self._holds_features(shards) for shards in new.values()):
+            raise ConfigError(
+                f"features is true, and {' and '.join(new)} holds other features than {next(iter(self.sets))}"
+            )
+        for shards in new.values():
+            self._check_first_sample(shards)
+        self.sets |= new
+
+    def _read(self, split: str) -> ShardSet:
         shards = ShardSet.open(self.folders[split], self.allow_shell_urls)
         shards.check_files()
-        if self.filter:
-            shards = shards.select(self.filter)
-        self._check_first_sample(shards)
-        return shards
+        return shards.select(self.filter) if self.filter else shards
+
+    def _choose_features(self, sets: dict[str, ShardSet]) -> dict[str, Any] | None:
+        """The features that batches shall hold, as manifests describe them; None for none."""
+        found = [shards.meta.get("features") for shards in sets.values() if shards.kind == "images"]
+        if self.features is False or (self.features is None and not any(found)):
+            return None
+        problem = self._no_features(sets)
+        if problem and self.features:
+            raise ConfigError(f"features is true, but {problem}")
+        if problem:
+            log.warning("Precomputed features are not read: %s.", problem)
+            return None
+        return found[0]
+
+    def _no_features(self, sets: dict[str, ShardSet]) -> str:
+        """Why features cannot be used; "" if they can."""
+        altered = {"random_flip": self.random_flip, "random_shift": self.random_shift}
+        altered["resize=random_crop"] = self.resize == "random_crop"
+        names = [name for name, on in altered.items() if on]
+        if names:
+            return (
+                f"they belong to the picture as it was, and {' and '.join(names)} changes it; turn one of the two off"
+            )
+        for split, shards in sets.items():
+            if shards.kind != "images" or not shards.meta.get("features"):
+                return f"{split} does not hold features of one encoder in all its folders; make them with `tokgen features`"
+        if len({features_identity(shards.meta) for shards in sets.values()}) > 1:
+            return f"{' and '.join(sets)} hold features of different encoders or pictures; make all with one `tokgen features`"
+        made = next(iter(sets.values())).meta["features"]
+        # "none" is said of pictures that all have one size already, which "crop" and "squash" leave as they are
+        alike = made["resize"] == self.resize or "none" in (made["resize"], self.resize)
+        alone = self.image_size is None and (made["resize"], self.resize) == ("none", "none")
+        if not alone and (not alike or made["size"] != self.image_size):
+            return (
+                f"they were made for image_size {made['size']} and resize {made['resize']!r}, and the data module has "
+                f"{self.image_size} and {self.resize!r}; give it those, or make the features again"
+            )
+        return ""
+
+    def _holds_features(self, shards: ShardSet) -> bool:
+        """Whether batches of that set hold the features chosen."""
+        wanted = self._features and features_identity({"features": self._features})
+        return wanted is not None and features_identity(shards.meta) == wanted
 
     def _check_first_sample(self, shards: ShardSet) -> None:
         """Decode the first good sample among the first few: wrong options show before training, not in a worker."""
@@ -175,7 +234,8 @@ class ShardsDataModule(L.LightningDataModule):
 
     @property
     def meta(self) -> dict[str, Any]:
-        return self._any_set().meta
+        meta = self._any_set().meta
+        return meta if self._features else {k: v for k, v in meta.items() if k != "features"}
 
     def _any_set(self) -> ShardSet:
         if not self.sets:
@@ -196,20 +256,23 @@ class ShardsDataModule(L.LightningDataModule):
         if shards.kind == "images":
             try:
                 return ImageSamples(
-                    captions, self.image_size, self.resize, self.random_flip, self.random_shift, train, self.max_pixels
-                )
+                    captions, self.image_size, self.resize, self.random_flip, self.random_shift, train, self.max_pixels,
+                    tuple(self._features["shape"]) if self._holds_features(shards) else None,
+                )  # fmt: skip
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         if shards.kind == "codes":
             embedding = shards.meta.get("embedding") or {}
             return CodeSamples(captions, tuple(shards.meta.get("codebook_sizes") or ()), embedding.get("dim"))
+        if shards.kind == "motion":
+            shape = tuple(shards.meta.get("shape") or MotionSamples.shape)
+            return MotionSamples(replace(captions, required=False), shape, self.random_flip, train)
         return VideoSamples(captions)
 
     def _loader(self, split: str, train: bool) -> ShardLoader:
         if not self.folders[split]:
             raise ConfigError(f"There is no {split} split: give the data module {split}=FOLDER.")
-        if split not in self.sets:
-            self.sets[split] = self._open(split)
+        self._open(split)
         rank, world = self._world()
         steps = self.steps_per_epoch if train else None
         limit = self.trainer.limit_train_batches if train and self.trainer is not None else None

@@ -20,7 +20,8 @@ from torch import Tensor
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mov", "mkv")
 EMBEDDING = "emb.npy"  # an image encoder's embedding of the whole picture, float (D,)
-EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json", "npy", "cls", EMBEDDING))
+FEATURES = "feat.npy"  # its features of the picture's places, float16 (N, C)
+EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json", "npy", "cls", EMBEDDING, FEATURES))
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26  # 67 million: above any camera's picture that is worth training on, 200 MB decoded
@@ -247,6 +248,26 @@ def decode_embedding(data: bytes, dim: int) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
+def decode_features(data: bytes, shape: tuple[int, int]) -> Tensor:
+    """Finite features of that shape, float16 (N, C). Raises BadSample("bad array" or "bad features")."""
+    array = decode_npy(data)
+    if array.dtype != np.float16 or array.shape != tuple(shape):
+        raise BadSample("bad features", f"{array.dtype} {array.shape}: float16 {tuple(shape)} were expected")
+    if not np.isfinite(array).all():
+        raise BadSample("bad features", "not finite")
+    return torch.from_numpy(array.copy())
+
+
+def decode_motion(data: bytes, shape: tuple[int, ...]) -> Tensor:
+    """A finite motion map of that shape, float32 (T, 2, h, w). Raises BadSample("bad array" or "bad motion")."""
+    array = decode_npy(data)
+    if array.dtype.kind != "f" or array.shape != tuple(shape):
+        raise BadSample("bad motion", f"{array.dtype} {array.shape}: floats {tuple(shape)} were expected")
+    if not np.isfinite(array).all():
+        raise BadSample("bad motion", "not finite")
+    return torch.from_numpy(array.astype(np.float32))
+
+
 def decode_class(data: bytes) -> int:
     """A decimal class number. Raises BadSample("bad class")."""
     try:
@@ -266,5 +287,5 @@ def decode_member(extension: str, data: bytes, max_pixels: int = MAX_PIXELS) -> 
         return decode_image(data, max_pixels)
     if extension in VIDEO_EXTENSIONS:
         return data
-    decoders = {"txt": decode_text, "json": decode_json, "npy": decode_npy, EMBEDDING: decode_npy, "cls": decode_class}
-    return decoders[extension](data)
+    arrays = dict.fromkeys(("npy", EMBEDDING, FEATURES), decode_npy)
+    return {"txt": decode_text, "json": decode_json, "cls": decode_class, **arrays}[extension](data)

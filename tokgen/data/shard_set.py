@@ -84,6 +84,8 @@ class ShardSet:
             meta["captions"] = False
         if any(manifest.meta.get("embedding") != meta.get("embedding") for manifest in manifests):
             meta.pop("embedding", None)  # of some samples only, or not of one encoder: none that could be used
+        if len({features_identity(manifest.meta) for manifest in manifests}) > 1:
+            meta.pop("features", None)
         shards = tuple(
             Shard(name, shard.name, shard.samples, shard.bytes)
             for name, manifest in zip(names, manifests)
@@ -170,6 +172,12 @@ class ShardSet:
         if lost:
             log.warning("%d samples are missing from damaged shards and could not be filtered.", lost)
         return replace(self, shards=tuple(shards), unreadable=lost)
+
+
+def features_identity(meta: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Which features a manifest's meta promises: of which encoder, their shape, and of which pictures; None without any."""
+    made = meta.get("features")
+    return made and (made["fingerprint"], tuple(made["shape"]), made["size"], made["resize"])
 
 
 def some(names: Sequence[str], n: int = 3) -> str:

@@ -27,7 +27,7 @@ from tokgen.errors import DataError
 from tokgen.files import replacing
 
 FORMAT, VERSION = "tokgen-shards", 1
-KINDS = ("images", "codes", "videos")
+KINDS = ("images", "codes", "videos", "motion")
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _KEY_LIMIT = 80  # characters; with any extension it stays inside ustar's 100-byte name field
@@ -46,7 +46,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard folder holds. `kind` is "images", "codes" or "videos"; `meta` is free, JSON-able."""
+    """What a shard folder holds. `kind` is one of `KINDS`; `meta` is free, JSON-able."""
 
     kind: str
     shards: tuple[ShardEntry, ...] = ()
@@ -210,7 +210,7 @@ class ShardWriter:
 
     Args:
         folder: where to write; created when missing.
-        kind: "images", "codes" or "videos".
+        kind: "images", "codes", "videos" or "motion".
         meta: JSON-able facts about the set, kept in the manifest.
         max_samples, max_bytes: a shard is closed before it would exceed either (one sample may exceed max_bytes alone).
         resume: continue an interrupted run, or append to a complete one. On an empty folder it starts afresh.

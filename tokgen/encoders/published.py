@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokgen.encoders.base import ImageEncoder, as_float, resized
-from tokgen.errors import CheckpointError, ConfigError, MissingDependency
+from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
+from tokgen.pretrained import fingerprint
 
 
 class TimmEncoder(ImageEncoder):
@@ -18,9 +21,19 @@ class TimmEncoder(ImageEncoder):
     Args:
         name: as timm spells it, such as "vit_base_patch16_224.dino"; "hf-hub:…" and "local-dir:…" work as in timm.
         pretrained: load its weights.
+        args: further arguments of timm's model, such as {"img_size": 448}.
+        mean, std, side: of the preprocessing, in place of the configuration's; `side` an int or (height, width).
     """
 
-    def __init__(self, name: str, pretrained: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = True,
+        args: dict[str, Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        side: Any = None,
+    ) -> None:
         super().__init__()
         try:
             import timm
@@ -28,22 +41,35 @@ class TimmEncoder(ImageEncoder):
             raise MissingDependency(
                 f"encoder timm:{name} needs timm; install it with pip install 'tokgen[transformers]'"
             ) from None
+        args = dict(args or {})
         try:
-            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
         except Exception as error:  # timm and the Hub raise many kinds
-            raise CheckpointError(f"timm:{name} cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"timm:{name} cannot be loaded: {_first_line(error)}") from None
+        # timm >= 1.0.20 says which arguments a "hf-hub:" or "local-dir:" model brought with it
+        made_with = {**getattr(self.model, "_model_args", {}), **args}
+        self.args = {key: value for key, value in made_with.items() if key != "num_classes"}
         config = timm.data.resolve_model_data_config(self.model)
-        self.model_name = name
-        self.name, self.dim, self.side = f"timm {name}", self.model.num_features, config["input_size"][-2:]
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.model_name, self.architecture = _plain_name(name), self.model.pretrained_cfg["architecture"]
+        self.name, self.dim = f"timm {self.model_name}", self.model.num_features
+        self.side = side or self.args.get("img_size") or config["input_size"][-2:]
+        _set_preprocessing(self, mean or config["mean"], std or config["std"])
 
     def spec(self) -> dict[str, Any]:
-        return {"type": "timm", "name": self.model_name}
+        model = {"name": self.model_name, "architecture": self.architecture, "args": self.args}
+        return {"type": "timm", **model, **_preprocessing_spec(self)}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> TimmEncoder:
-        return cls(spec["name"], pretrained=False)
+        spec = _checked(spec, "timm", ("name",), ("architecture", "args", "mean", "std", "side"))
+        name = spec.pop("name")
+        encoder = cls(spec.pop("architecture", name), pretrained=False, **spec)
+        encoder.model_name, encoder.name = name, f"timm {name}"
+        return encoder
+
+    @property
+    def fingerprint(self) -> str:
+        return _unnamed_fingerprint(self)
 
     @cached_property
     def feature_shape(self) -> tuple[int, int]:
@@ -78,41 +104,47 @@ class TransformersEncoder(ImageEncoder):
             config = auto.AutoConfig.from_pretrained(name)
             projected = "CLIPVisionModelWithProjection" in (config.architectures or [])
             kind = auto.CLIPVisionModelWithProjection if projected else auto.AutoModel
-            model = kind.from_pretrained(name, use_safetensors=True)
+            model = _whole(kind, name)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"no vision model with safetensors weights at {name!r}: {str(error).splitlines()[0]}"
+                f"no vision model with safetensors weights at {name!r}: {_first_line(error)}"
             ) from None
-        self._set(model, name, *_preprocessing(name, config))
+        self._set(model, _plain_name(name), *_preprocessing(name, config))
 
-    def _set(self, model: Any, name: str, mean: list[float], std: list[float], side: Any) -> None:
+    def _set(self, model: Any, name: str, mean: Sequence[float], std: Sequence[float], side: Any) -> None:
         super().__init__()
         self.model: Any = model
         self.model_name, self.side = name, side
         self.name = f"{type(model).__name__} {name}"
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        _set_preprocessing(self, mean, std)
         with torch.no_grad():
             self.dim = self.eval().embed(torch.zeros(1, 3, 32, 32)).shape[-1]
 
     def spec(self) -> dict[str, Any]:
-        side = self.side if isinstance(self.side, int) else list(self.side)
-        preprocessing = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(), "side": side}
         # what differs from the class's defaults, and no paths or versions
-        config = {k: v for k, v in self.model.config.to_diff_dict().items() if k not in _NOT_SHAPE}
+        config = _shape_of(self.model.config.to_diff_dict())
         model = {"class": type(self.model).__name__, "model_type": self.model.config.model_type, "config": config}
-        return {"type": "transformers", "name": self.model_name, **model, **preprocessing}
+        return {"type": "transformers", "name": self.model_name, **model, **_preprocessing_spec(self)}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> TransformersEncoder:
+        wanted = ("name", "class", "model_type", "config", "mean", "std", "side")
+        spec = _checked(spec, "transformers", wanted)
         auto = _transformers(spec["name"])
-        config = auto.AutoConfig.for_model(spec["model_type"], **spec["config"])
         kind = getattr(auto, spec["class"], None)
         if not (isinstance(kind, type) and issubclass(kind, auto.PreTrainedModel)):
-            raise ConfigError(f"transformers has no model {spec['class']!r}, which this tokenizer's encoder needs")
+            raise ConfigError(f"transformers has no model {spec['class']!r}, which the encoder {spec['name']} needs")
+        try:
+            config = auto.AutoConfig.for_model(spec["model_type"], **spec["config"])
+        except ValueError as error:
+            raise ConfigError(f"encoder {spec['name']}: {_first_line(error)}") from None
         encoder = cls.__new__(cls)
-        encoder._set(kind(config), spec["name"], spec["mean"], spec["std"], spec["side"])
+        encoder._set(kind(config).float(), spec["name"], spec["mean"], spec["std"], spec["side"])
         return encoder
+
+    @property
+    def fingerprint(self) -> str:
+        return _unnamed_fingerprint(self)
 
     @cached_property
     def feature_shape(self) -> tuple[int, int]:
@@ -135,9 +167,13 @@ class TransformersEncoder(ImageEncoder):
     def features(self, pixels: Tensor) -> Tensor:
         vision = getattr(self.model, "vision_model", self.model)
         hidden = vision(pixel_values=self._prepared(pixels)).last_hidden_state
-        side = self.side if isinstance(self.side, int) else self.side[0]
-        config = getattr(self.model.config, "vision_config", self.model.config)
-        places = (side // config.patch_size) ** 2
+        if hidden.ndim == 4:  # a map (B, C, H, W)
+            return hidden.flatten(2).transpose(1, 2)
+        patch = getattr(getattr(self.model.config, "vision_config", self.model.config), "patch_size", None)
+        if patch is None:
+            raise InputError(f"{self.name} gives no features of places: its configuration names no patch_size")
+        (height, width), (down, right) = _pair(self.side), _pair(patch)
+        places = (height // down) * (width // right)
         return hidden[:, hidden.shape[1] - places :]  # class and register tokens come first
 
 
@@ -153,9 +189,14 @@ class ClipTextStates(torch.nn.Module):
         auto = _transformers(name)
         try:
             self.tokenizer = auto.AutoTokenizer.from_pretrained(name)
-            self.model: Any = auto.CLIPTextModel.from_pretrained(name, use_safetensors=True)
+            self.model: Any = _whole(auto.CLIPTextModel, name)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"no CLIP text model at {name!r}: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"no CLIP text model with its vocabulary at {name!r}: {_first_line(error)}") from None
+        vocabulary, wanted = len(self.tokenizer), self.model.config.vocab_size
+        if vocabulary != wanted:  # where files are missing, transformers makes an empty one
+            raise CheckpointError(
+                f"no CLIP text model with its vocabulary at {name!r}: the vocabulary has {vocabulary} ids, the model {wanted}"
+            )
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -168,7 +209,76 @@ class ClipTextStates(torch.nn.Module):
         return self.model(input_ids=ids.to(self.model.device)).last_hidden_state
 
 
-_NOT_SHAPE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "model_type")
+def _whole(kind: Any, name: str) -> Any:
+    """A published model in single precision. Raises CheckpointError where weights are missing, which would be random."""
+    model, report = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{name!r} holds no weights for {', '.join(missing[:3])}{more} of {kind.__name__}; give a model of that kind"
+        )
+    return model.float()
+
+
+_NOT_SHAPE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def _shape_of(config: dict[str, Any], top: bool = True) -> dict[str, Any]:
+    """A configuration of transformers without what says nothing about the network; `for_model` gets its type by itself."""
+    left_out = (*_NOT_SHAPE, "model_type") if top else _NOT_SHAPE
+    return {
+        key: _shape_of(value, False) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in left_out
+    }
+
+
+def _checked(
+    spec: dict[str, Any], kind: str, wanted: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    for key in spec:
+        if key not in (*wanted, *optional):
+            raise ConfigError(
+                f"encoder of type {kind}: unknown key {key!r}; expected {', '.join((*wanted, *optional))}"
+            )
+    for key in wanted:
+        if key not in spec:
+            raise ConfigError(
+                f"encoder of type {kind}: {key!r} is missing; to begin with published weights, write "
+                f"{{pretrained: {kind}:NAME}} instead"
+            )
+    return dict(spec)
+
+
+def _unnamed_fingerprint(encoder: ImageEncoder) -> str:
+    # a network may be copied to another folder and stay what it is
+    return fingerprint(encoder, {key: value for key, value in encoder.spec().items() if key != "name"})
+
+
+def _plain_name(name: str) -> str:
+    """A folder's own name without the way there, which means nothing on other machines; a Hub name as it is."""
+    path = name.removeprefix("local-dir:")
+    return Path(path).resolve().name if Path(path).is_dir() else name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+
+
+def _set_preprocessing(encoder: ImageEncoder, mean: Sequence[float], std: Sequence[float]) -> None:
+    encoder.pixel_mean, encoder.pixel_std = [float(x) for x in mean], [float(x) for x in std]
+    encoder.register_buffer("mean", torch.tensor(encoder.pixel_mean).view(1, 3, 1, 1), persistent=False)
+    encoder.register_buffer("std", torch.tensor(encoder.pixel_std).view(1, 3, 1, 1), persistent=False)
+
+
+def _preprocessing_spec(encoder: Any) -> dict[str, Any]:
+    side = encoder.side if isinstance(encoder.side, int) else list(encoder.side)
+    return {"mean": encoder.pixel_mean, "std": encoder.pixel_std, "side": side}
 
 
 def _transformers(name: str) -> Any:
@@ -184,9 +294,8 @@ def _transformers(name: str) -> Any:
 @torch.no_grad()
 def _feature_shape(encoder: ImageEncoder, side: Any) -> tuple[int, int]:
     """(N, C), found out with an empty picture."""
-    size = (side, side) if isinstance(side, int) else tuple(side)
     device = next(encoder.parameters()).device
-    return tuple(encoder.features(torch.zeros(1, 3, *size, device=device)).shape[1:])
+    return tuple(encoder.features(torch.zeros(1, 3, *_pair(side), device=device)).shape[1:])
 
 
 def _preprocessing(name: str, config: Any) -> tuple[list[float], list[float], Any]:

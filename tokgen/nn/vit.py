@@ -127,7 +127,7 @@ class CrossBlock(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, hidden)
 
     def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        """`context_mask` bool (B, M), True where a token of the context is real."""
+        """`context_mask` (B, M): bool, True where a token of the context is real, or float, added to the logits."""
         mask = None if context_mask is None else context_mask[:, None, None]
         x = x + self.self_attn(self.norm0(x))
         x = x + self.cross_attn(self.norm1(x), context, mask)

@@ -2,7 +2,8 @@
 
 The codebook is trained by gradient (sec. 3.2) or by exponential moving averages (appendix A.1). `metric="cosine"` is the
 quantizer of ViT-VQGAN (arXiv 2110.04627, sec. 3.2) and LlamaGen (arXiv 2406.06525): vectors and codes are l2-normalised
-at every use while the weights stay un-normalised.
+at every use while the weights stay un-normalised. `metric="sphere"` is the quantizer of BEiT v2 (arXiv 2208.06366, sec. 3.1)
+and LaVIT (arXiv 2309.04669, eq. 3): the codes themselves are kept on the unit sphere.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class VQ(CodeQuantizer):
     the same on all ranks by construction. Random draws are seeded by the persistent buffer `codebook.step`; a resumed
     run repeats them.
 
-    Losses, means over all elements (y is z, projected if code_dim is given, normalised if metric is "cosine"):
-        codebook: mean (sg[y] - code)^2; with update="gradient" only.
+    Losses, means over all elements (y is z, projected if code_dim is given, normalised unless metric is "l2"):
+        codebook: codebook_weight * mean (sg[y] - code)^2; with update="gradient" only.
         commitment: beta * mean (y - sg[code])^2.
         entropy: entropy_weight * (mean of H(p_i) - H(mean of p_i)), p_i = softmax(-|y_i - codes|^2 / entropy_temperature)
             (arXiv 2310.05737, eq. 7, as in LlamaGen), over this rank's batch; present if entropy_weight > 0. Computed in
@@ -49,9 +50,14 @@ class VQ(CodeQuantizer):
         dim: channels of z.
         codebook_size: number of codes K.
         code_dim: channels of the codes; if it differs from `dim`, linear projections lead in and out.
-        metric: "l2" or "cosine".
+        metric: "l2"; "cosine", which normalises vectors and codes at every use; "sphere", which normalises vectors, and codes
+            when they are written (start, moving averages, revival), so that stored rows are compared and looked up as they
+            are. Only update="ema" writes codes itself: "sphere" needs it. (BEiT v2 averages the normalised means of
+            batches; here a code is the normalised average of sums and counts, as with the other metrics.)
         update: "gradient" or "ema".
         beta: weight of the commitment term.
+        codebook_weight: of the codebook term. SEED, as taming-transformers' `legacy`, has the paper's weights the other way
+            round: beta=1.0, codebook_weight=0.25.
         decay: of the moving averages (codes with update="ema", counts for revival).
         eps: Laplace smoothing of the counts (arXiv 1711.00937, appendix A.1, as in Sonnet). A code without a vector in a
             step keeps its place instead of shrinking towards 0.
@@ -83,14 +89,19 @@ class VQ(CodeQuantizer):
         rotation_trick: bool = False,
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
+        codebook_weight: float = 1.0,
     ) -> None:
         super().__init__(dim, code_dim, (codebook_size,))
-        if metric not in ("l2", "cosine"):
-            raise ConfigError(f"VQ: metric {metric!r}; expected 'l2' or 'cosine'")
+        if metric not in ("l2", "cosine", "sphere") or (metric == "sphere" and update != "ema"):
+            raise ConfigError(
+                f"VQ: metric {metric!r} with update {update!r}; expected 'l2' or 'cosine', or 'sphere' with update 'ema'"
+            )
         if not entropy_temperature > 0:
             raise ConfigError(f"VQ: entropy_temperature {entropy_temperature}; expected a number above 0")
-        self.metric, self.beta, self.rotation_trick = metric, beta, rotation_trick
+        self.metric, self.beta, self.codebook_weight = metric, beta, codebook_weight
+        self.rotation_trick = rotation_trick
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+        self.search = "cosine" if metric == "cosine" else "l2"
         self.codebook = Codebook(codebook_size, self.code_dim, metric, update, decay, eps, kmeans_init, revive_below)
 
     @classmethod
@@ -101,17 +112,25 @@ class VQ(CodeQuantizer):
             "ema": {**small, "update": "ema", "kmeans_init": True, "revive_below": 0.05},
             "cosine": {"codebook_size": 64, "metric": "cosine", "entropy_weight": 0.1},
             "cosine-ema": {**small, "metric": "cosine", "update": "ema"},
+            "sphere": {
+                "codebook_size": 40,
+                "metric": "sphere",
+                "update": "ema",
+                "kmeans_init": True,
+                "revive_below": 0.05,
+            },
             "projected": {"codebook_size": 100, "code_dim": 4, "rotation_trick": True, "revive_below": 0.01},
         }
 
     def metric_space(self, y: Tensor) -> Tensor:
-        return F.normalize(y, dim=-1) if self.metric == "cosine" else y
+        return y if self.metric == "l2" else F.normalize(y, dim=-1)
 
     def assign(self, y: Tensor) -> Tensor:
-        return nearest(self.metric_space(y), self.codebook.weight, self.metric)
+        return nearest(self.metric_space(y), self.codebook.weight, self.search)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.metric_space(F.embedding(ids, self.codebook.weight).float())
+        codes = F.embedding(ids, self.codebook.weight).float()
+        return self.metric_space(codes) if self.metric == "cosine" else codes
 
     def train_step(self, y: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         y = self.metric_space(y)
@@ -122,12 +141,12 @@ class VQ(CodeQuantizer):
         """A step of training without the estimator: (codes (n, code_dim) detached, ids, losses) of y in metric space."""
         kept = y if keep is None else y[keep]
         self.codebook.prepare(kept)
-        ids = nearest(y, self.codebook.weight, self.metric)
+        ids = nearest(y, self.codebook.weight, self.search)
         codes = self.embed(ids)  # (n, code_dim)
 
         losses = {"commitment": self.beta * masked_mean((y - codes.detach()).square(), keep)}
         if self.codebook.update == "gradient":
-            losses["codebook"] = masked_mean((codes - y.detach()).square(), keep)
+            losses["codebook"] = self.codebook_weight * masked_mean((codes - y.detach()).square(), keep)
         if self.entropy_weight:
             # a copy: the codebook may change in place before backward needs what it was
             weight = self.metric_space(self.codebook.weight.float().clone())
@@ -172,7 +191,7 @@ class Codebook(nn.Module):
         # to fall below the threshold
         self.start_count = max(1.0, 2 * revive_below)
 
-        if metric == "cosine":
+        if metric != "l2":
             weight = F.normalize(torch.randn(size, dim), dim=-1)
         else:
             weight = torch.empty(size, dim).uniform_(-1 / size, 1 / size)
@@ -218,7 +237,7 @@ class Codebook(nn.Module):
         centers = torch.empty(self.weight.shape, dtype=torch.float32, device=y.device)
         # one rank computes: others may round differently
         if world_size() == 1 or torch.distributed.get_rank() == 0:
-            centers = kmeans(y, len(self.weight), self.generator(), self.metric)
+            centers = kmeans(y, len(self.weight), self.generator(), "l2" if self.metric == "l2" else "cosine")
         if world_size() > 1:
             torch.distributed.broadcast(centers, 0)
         self.replace(slice(None), centers)
@@ -246,6 +265,7 @@ class Codebook(nn.Module):
 
     def replace(self, which: Tensor | slice, vectors: Tensor) -> None:
         """Set codes, and let their statistics start again."""
+        vectors = self.written(vectors)
         self.weight[which] = vectors.to(self.weight.dtype)
         if self.update == "ema":
             self.ema_sum[which] = vectors * self.start_count
@@ -270,7 +290,11 @@ class Codebook(nn.Module):
         total = self.ema_count.sum()
         smoothed = (self.ema_count + self.eps) / (total + k * self.eps) * total
         used = (counts > 0)[:, None]
-        self.weight.copy_(torch.where(used, self.ema_sum / smoothed[:, None], self.weight))
+        self.weight.copy_(torch.where(used, self.written(self.ema_sum / smoothed[:, None]), self.weight))
+
+    def written(self, codes: Tensor) -> Tensor:
+        """Codes as they are stored."""
+        return F.normalize(codes, dim=-1) if self.metric == "sphere" else codes
 
     def generator(self) -> torch.Generator:
         """The draws of this step."""

@@ -13,7 +13,15 @@ from tokgen.errors import InputError, TokenizerMismatch
 from tokgen.pretrained import Pretrained, Registry
 from tokgen.tokens import Tokens
 
-TOKENIZERS: Registry[VisualTokenizer] = Registry("tokenizer", {"vqgan": "tokgen.tokenizers.vqgan:VQGAN"})
+TOKENIZERS: Registry[VisualTokenizer] = Registry(
+    "tokenizer",
+    {
+        "lavit": "tokgen.tokenizers.lavit:LAVIT",
+        "seed": "tokgen.tokenizers.seed:SEED",
+        "vqgan": "tokgen.tokenizers.vqgan:VQGAN",
+        "video-lavit-motion": "tokgen.tokenizers.video_lavit_motion:MotionTokenizer",
+    },
+)
 
 
 @dataclass
@@ -120,21 +128,29 @@ class VisualTokenizer(Pretrained):
             TokenizerMismatch: the tokens carry another fingerprint. InputError: ids out of range.
         """
         if check:
-            if tokens.codebook_sizes != self.codebook_sizes:
-                raise TokenizerMismatch(
-                    f"tokens with codebooks {tokens.codebook_sizes} cannot be decoded by a tokenizer with {self.codebook_sizes}"
-                )
-            if tokens.tokenizer and tokens.tokenizer != self.fingerprint:
-                raise TokenizerMismatch(
-                    f"tokens were made by tokenizer {tokens.tokenizer}, this one is {self.fingerprint}; decode with the "
-                    "one that made them, or pass check=False if you know they agree"
-                )
-            tokens.validate()
+            self.check_tokens(tokens)
         return self.finish(self.detokenize(tokens.to(self.device)))
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        """Raises TokenizerMismatch if the tokens are another tokenizer's, InputError if ids are out of range."""
+        if tokens.codebook_sizes != self.codebook_sizes:
+            raise TokenizerMismatch(
+                f"tokens with codebooks {tokens.codebook_sizes} cannot be decoded by a tokenizer with {self.codebook_sizes}"
+            )
+        if tokens.tokenizer and tokens.tokenizer != self.fingerprint:
+            raise TokenizerMismatch(
+                f"tokens were made by tokenizer {tokens.tokenizer}, this one is {self.fingerprint}; decode with the "
+                "one that made them, or pass check=False if you know they agree"
+            )
+        tokens.validate()
 
     def finish(self, pixels: Tensor) -> Tensor:
         """What `decode` gives of what `detokenize` gave: float, clamped to [0, 1]."""
         return pixels.float().clamp(0, 1)
+
+    def pictures(self, pixels: Tensor) -> Tensor:
+        """What logs show of a batch of pixels: float (B, 3, H, W) in [0, 1]; of a clip, its middle frame."""
+        return pixels[:, pixels.shape[1] // 2] if self.ndim == 5 else pixels
 
     @property
     def device(self) -> torch.device:

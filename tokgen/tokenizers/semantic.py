@@ -6,8 +6,9 @@ diffusion pipeline that the features condition.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,7 +116,7 @@ class SemanticTokenizer(VisualTokenizer):
                 `stage_needs` names.
         """
         if stage == PIXELS:
-            with torch.no_grad():
+            with torch.no_grad(), in_eval_mode(*self.children()):
                 tokens = self.tokenize_features(self.vision_features(batch))
                 features = self.decode_features(tokens)
             return StageOutput(tokens=tokens, reconstruction=self._pixel_decoder()(features))
@@ -168,3 +169,16 @@ class SemanticTokenizer(VisualTokenizer):
 def parameters_of(modules: Iterable[nn.Module | nn.Parameter]) -> list[nn.Parameter]:
     """The parameters of modules, and parameters themselves."""
     return [p for m in modules for p in ([m] if isinstance(m, nn.Parameter) else m.parameters())]
+
+
+@contextlib.contextmanager
+def in_eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Within the block, no dropout and no moving averages in what a stage builds on but does not train."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -103,6 +103,12 @@ class AutoencoderModule(TrainingModule):
         compile: bool = False,
     ) -> None:
         super().__init__(schedule, accumulate, clip, max_bad_steps)
+        pictures = tokenizer.ndim == 4
+        if not pictures and (loss.disc_weight > 0 or loss.perceptual != "none"):
+            raise ConfigError(
+                f"{tokenizer.type_name} does not decode to pictures (B, 3, H, W), which perceptual loss and discriminator look "
+                "at; set loss.perceptual none and loss.disc_weight 0"
+            )
         self.tokenizer, self.terms = tokenizer, loss
         self.make_optimizer, self.make_disc_optimizer = optimizer, disc_optimizer
         self.init_from = init_from
@@ -119,6 +125,7 @@ class AutoencoderModule(TrainingModule):
             raise ConfigError(
                 f"loss.adaptive needs a decoder with `last_layer`, which {type(tokenizer).__name__} lacks"
             )
+        channels_last = channels_last and pictures  # a format of maps (B, C, H, W)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             for module in (self.tokenizer, self.discriminator, self.perceptual):
@@ -170,8 +177,8 @@ class AutoencoderModule(TrainingModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's pictures, float (B, 3, H, W) in [0, 1]."""
-        pixels = batch["pixels"]
+        """What the tokenizer takes of the batch: pictures, float (B, 3, H, W) in [0, 1]; or motion, float (B, T, 2, h, w)."""
+        pixels = batch[self.tokenizer.modality]
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / 255
         return pixels.contiguous(memory_format=self.memory_format) if pixels.ndim == 4 else pixels
@@ -276,7 +283,7 @@ class AutoencoderModule(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         zero = lambda: torch.zeros((), dtype=torch.float64, device=self.device)  # noqa: E731
-        self._sums = {k: zero() for k in ("images", "psnr", "l1", "perceptual")}
+        self._sums = {k: zero() for k in ("images", "psnr", "mse", "l1", "perceptual")}
         self._counts = [torch.zeros(k, dtype=torch.int64, device=self.device) for k in self.tokenizer.codebook_sizes]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
@@ -284,11 +291,12 @@ class AutoencoderModule(TrainingModule):
         valid = batch.get("valid")
         valid = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device) if valid is None else valid.bool()
         output = self.tokenizer(pixels)
-        reconstruction = output.reconstruction.float().clamp(0, 1)
+        reconstruction = self.tokenizer.finish(output.reconstruction)
         error = (reconstruction - pixels).flatten(1)
-        # capped at 100 dB, where a picture is exact
-        psnr = -10 * error.square().mean(1).clamp(min=1e-10).log10()
-        sums = {"images": torch.ones_like(psnr), "psnr": psnr, "l1": error.abs().mean(1)}
+        mse = error.square().mean(1)
+        # the peak is 1, in motion too, whose unit it is; capped at 100 dB, where a picture is exact
+        psnr = -10 * mse.clamp(min=1e-10).log10()
+        sums = {"images": torch.ones_like(psnr), "psnr": psnr, "mse": mse, "l1": error.abs().mean(1)}
         if self.perceptual is not None:
             sums["perceptual"] = self.perceptual.per_image(reconstruction, pixels)
         for name, value in sums.items():
@@ -317,7 +325,7 @@ class AutoencoderModule(TrainingModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tokens:
         """Tokens of the batch's valid pictures."""
-        tokens = self.tokenizer.encode(batch["pixels"])
+        tokens = self.tokenizer.encode(batch[self.tokenizer.modality])
         return tokens if batch.get("valid") is None else tokens[batch["valid"].bool()]
 
     def export(self, folder: Path, write: bool) -> None:

@@ -187,7 +187,7 @@ class TrainingModule(L.LightningModule):
         self._busy = True
         if self._micro == 0:
             for module in modules:
-                state, kept = _mutable(module), self._kept.get(module)
+                state, kept = mutable(module), self._kept.get(module)
                 if kept is not None and [id(t) for t in state] == [id(t) for t, _ in kept]:
                     for tensor, copy in kept:
                         copy.copy_(tensor)
@@ -330,7 +330,7 @@ def decay_groups(module: nn.Module, heads: Iterable[nn.Module] = ()) -> list[dic
     return [g for g in groups if g["params"]]
 
 
-def _mutable(module: nn.Module) -> list[Tensor]:
+def mutable(module: nn.Module) -> list[Tensor]:
     """What a forward pass may change in place: buffers, and the codebooks of quantizers (averages, k-means, revival)."""
     tensors = {id(b): b for b in module.buffers()}
     for part in module.modules():

@@ -84,11 +84,11 @@ class ImageGrid(Callback):
         wanted = batch_idx == 0 and self.count and trainer.is_global_zero and not trainer.sanity_checking
         if not wanted or not isinstance(outputs, dict) or "reconstruction" not in outputs:
             return
-        pictures = batch["pixels"][: self.count]
+        tokenizer = pl_module.tokenizer
+        pictures = batch[tokenizer.modality][: self.count]
         pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
         after = outputs["reconstruction"][: self.count].float()
-        if pictures.ndim == 5:  # video: the middle frame
-            pictures, after = pictures[:, pictures.shape[1] // 2], after[:, after.shape[1] // 2]
+        pictures, after = tokenizer.pictures(pictures), tokenizer.pictures(after)  # (B, 3, H, W)
         rows = []
         for start in range(0, len(pictures), self.columns):
             for part in (pictures, after):

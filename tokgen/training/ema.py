@@ -80,7 +80,8 @@ class EMA(Callback):
         self.attach(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: TrainingModule, *args: Any) -> None:
-        if not self.decay or pl_module.step == self._seen:  # a batch that completed no step, or a skipped one
+        # nothing to follow, or a batch that completed no step, or a skipped one
+        if not self.decay or not self.average or pl_module.step == self._seen:
             return
         self._seen = pl_module.step
         parameters = [_local(p) for p in self.followed(pl_module).values()]

@@ -311,6 +311,7 @@ def _quiet() -> Iterator[None]:
             ".*does not have many workers.*",
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*isinstance\\(treespec, LeafSpec\\).*",
+            ".*in eval mode at the start of training.*",  # frozen encoders
         ):
             warnings.filterwarnings("ignore", message=message)
         try:

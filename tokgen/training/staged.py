@@ -24,9 +24,10 @@ from tokgen.losses.perceptual import build_perceptual
 from tokgen.losses.reconstruction import reconstruction_loss
 from tokgen.pretrained import read_weights, resolve
 from tokgen.quantizers.base import gather_over_ranks, sum_over_ranks, usage_stats
+from tokgen.text import SETTINGS, TextTokenizer
 from tokgen.tokenizers.semantic import PIXELS, SemanticTokenizer, StageOutput, parameters_of
 from tokgen.tokens import Tokens
-from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
+from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups, mutable
 from tokgen.training.captions import Text, vocabulary_of
 
 
@@ -39,7 +40,7 @@ class Stage:
         steps: how long.
         lr: factor of the optimizer's learning rates.
         warmup_steps, kind, final: see `Schedule`; they start anew in each stage.
-        freeze: names of modules of the tokenizer that the stage would train but shall not.
+        freeze: names of modules of the tokenizer that the stage would train but shall not; their moving averages stay too.
     """
 
     name: str
@@ -61,6 +62,12 @@ class StagedSchedule:
     def __init__(self, stages: list[Stage]) -> None:
         if not stages:
             raise ConfigError("stages is empty; give at least one, such as {name: pixels, steps: 1000}")
+        for stage in stages:
+            if stage.steps < 1 or not 0 <= stage.warmup_steps <= stage.steps:
+                raise ConfigError(
+                    f"stage {stage.name}: steps {stage.steps} must be at least 1 and warmup_steps {stage.warmup_steps} between 0 "
+                    "and steps"
+                )
         self.stages = stages
         self.parts = [stage.schedule for stage in stages]
         self.total_steps = sum(stage.steps for stage in stages)
@@ -123,7 +130,10 @@ class StagedModule(TrainingModule):
         self.reconstruction, self.perceptual_weight = reconstruction, perceptual_weight
         self.make_optimizer, self.init_from = optimizer, init_from
         if init_from is not None:
-            read_weights(resolve(init_from), tokenizer)
+            folder = resolve(init_from)
+            read_weights(folder, tokenizer)
+            if tokenizer.text is None and (folder / SETTINGS).is_file():
+                tokenizer.text = TextTokenizer.load(folder)  # a vocabulary learned anew would mean other words
         self.trained = [self._trained(stage) for stage in stages]  # parameters of each stage
         everything = {id(p) for part in self.trained for p in part}
         for p in tokenizer.parameters():
@@ -173,6 +183,12 @@ class StagedModule(TrainingModule):
         data = self.trainer.datamodule
         if data.kind != "images":
             raise ConfigError(f"StagedModule trains on image shards and was given {data.kind}")
+        size = self.tokenizer.image_size
+        if data.image_size is not None and (data.image_size, data.image_size) != size:
+            raise ConfigError(
+                f"data.image_size is {data.image_size}, and the tokenizer takes pictures of {size[0]} x {size[1]}; make "
+                "data.image_size and config.image_size equal"
+            )
         self._check_features(data)
         if self.text_settings is not None and self.tokenizer.text is None and stage == "fit":
             self.tokenizer.text = vocabulary_of(self.trainer, self.text_settings)
@@ -257,7 +273,8 @@ class StagedModule(TrainingModule):
         completes = self.begin([self.tokenizer])
         logs = completes and self.should_log
         batch = self.prepared(batch, stage)
-        with _only(self.tokenizer, self.trained[index]), optimizer.toggle_model(sync_grad=completes):
+        frozen = _unchanged([self.tokenizer.get_submodule(name) for name in stage.freeze])
+        with frozen, _only(self.tokenizer, self.trained[index]), optimizer.toggle_model(sync_grad=completes):
             output, terms = self.terms(stage, batch)
             self.manual_backward(sum(terms.values()) / self.accumulate)
         rate = self.rate(len(batch["pixels"]))
@@ -285,13 +302,16 @@ class StagedModule(TrainingModule):
         valid = batch.get("valid")
         if valid is not None and not bool(valid.all()):
             keep = valid.bool()
-            if not bool(keep.any()):
-                return {}
+            if not bool(keep.any()):  # a rank with nothing of its own takes part in all sums, with a weight of zero
+                return self._weigh(batch, 0)
             batch = {k: v[keep.to(v.device)] if isinstance(v, Tensor) else [x for x, y in zip(v, keep.tolist()) if y] for k, v in batch.items()}  # fmt: skip
+        return self._weigh(batch, len(batch["pixels"]))
+
+    def _weigh(self, batch: dict[str, Any], count: int) -> dict[str, Any]:
+        """Add the batch to the sums of the validation, as `count` pictures: all or none of it."""
         stage = self.stages[self._validated_stage()]
         batch = self.prepared(batch, stage)
         output, terms = self.terms(stage, batch)
-        count = len(batch["pixels"])
         sums = {**terms, "loss": sum(terms.values()), **output.stats}
         result: dict[str, Any] = {}
         if output.reconstruction is not None:
@@ -300,17 +320,17 @@ class StagedModule(TrainingModule):
             sums["psnr"] = (-10 * error.clamp(min=1e-10).log10()).mean()
             result["reconstruction"] = pixels
         for name, value in {**sums, "images": torch.ones(())}.items():
-            value = value.detach().double().to(self.device) * count
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        if output.tokens is not None:
+            value = value.detach().double().to(self.device)
+            self._sums[name] = self._sums.get(name, 0) + (value * count if count else torch.zeros_like(value))
+        if output.tokens is not None and count:
             ids = output.tokens.ids[output.tokens.mask].reshape(-1, len(self._counts))
             for c, counts in enumerate(self._counts):
                 counts += torch.bincount(ids[:, c], minlength=len(counts))
             result["tokens"] = output.tokens
         if output.pair is not None:
             groups = torch.tensor([zlib.crc32(c.encode()) for c in batch["caption"]], device=self.device)
-            self._pairs.append((*output.pair, groups))
-        return result
+            self._pairs.append(tuple(x[:count] for x in (*output.pair, groups)))
+        return result if count else {}
 
     def _validated_stage(self) -> int:
         """The stage whose step was last done: validation at a boundary looks back."""
@@ -345,6 +365,21 @@ class StagedModule(TrainingModule):
     def export(self, folder: Path, write: bool) -> None:
         if write:
             self.tokenizer.save_pretrained(folder)
+
+
+class _unchanged:
+    """After the block, what a forward pass changes in these modules is as it was before."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+
+    def __enter__(self) -> None:
+        self.kept = [(tensor, tensor.detach().clone()) for module in self.modules for tensor in mutable(module)]
+
+    @torch.no_grad()
+    def __exit__(self, *error: Any) -> None:
+        for tensor, copy in self.kept:
+            tensor.copy_(copy)
 
 
 class _only:
