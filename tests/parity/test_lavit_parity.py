@@ -8,9 +8,10 @@ import torch
 
 from tokgen.importers.base import rename
 from tokgen.importers.lavit import DECODER_KEYS, TOKENIZER_IGNORED, TOKENIZER_KEYS, VISUAL_IGNORED, VISUAL_KEYS
+from tokgen.nn.feature_decoder import FeatureDecoder
 from tokgen.nn.token_merger import dropped_mask, masked_softmax, merge_step, rows_at, select_places, visible_mask
 from tokgen.pretrained import load_strictly
-from tokgen.tokenizers.lavit import LAVIT, Conditioner, FeatureDecoder, LavitConfig
+from tokgen.tokenizers.lavit import LAVIT, Conditioner, LavitConfig
 
 CASES = r"lavit_.*"
 
@@ -128,9 +129,9 @@ def decoder_case(case, expected, check):
         condition="highres" if highres else "lowres",
     )
     places, dim = (model["img_size"] // model["patch_size"]) ** 2, 1408
-    module = torch.nn.ModuleDict(
-        {"decoder": FeatureDecoder(config, places, dim), "conditioner": Conditioner(config, places, dim)}
-    )
+    sizes = (config.decoder_dim, config.decoder_heads, config.decoder_hidden, config.decoder_depth)
+    decoder = FeatureDecoder(config.code_dim, places, places, dim, *sizes)
+    module = torch.nn.ModuleDict({"decoder": decoder, "conditioner": Conditioner(config, places, dim)})
     renamed, report = rename(state, DECODER_KEYS, [], case["name"])
     assert set(report.mapped) == set(state)
     load_strictly(module, renamed, case["name"])

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from tokgen.encoders.eva import EvaConfig
 from tokgen.errors import ConfigError, InputError, MissingDependency
+from tokgen.nn.feature_decoder import FeatureDecoder
 from tokgen.nn.token_merger import MERGERS, TokenMerger, TokenSelector, draw_places, select_places
-from tokgen.nn.vit import CrossBlock, join_heads, split_heads
+from tokgen.nn.vit import join_heads, split_heads
 from tokgen.quantizers.base import build_quantizer
 from tokgen.tokenizers.semantic import PIXELS, SemanticTokenizer, StageOutput
 from tokgen.tokens import Sequence as SequenceLayout
@@ -160,7 +161,10 @@ class LAVIT(SemanticTokenizer):
         self.merger = merger()
         self.bottleneck = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, config.code_dim))
         self.quantizer = build_quantizer(config.quantizer, config.code_dim)
-        self.decoder = FeatureDecoder(config, places, dim)
+        self.decoder = FeatureDecoder(
+            config.code_dim, places, places, dim, config.decoder_dim, config.decoder_heads, config.decoder_hidden,
+            config.decoder_depth,
+        )  # fmt: skip
         self.conditioner: Conditioner | None = None
         if config.condition is not None:
             self.conditioner = Conditioner(config, places, dim)
@@ -403,52 +407,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-# -- the decoder from codes to features -------------------------------------------------------------------------------
-
-
-class FeatureDecoder(nn.Module):
-    """Learned queries, one for each place, read the codes by cross-attention and become the features of their places.
-
-    Codes get a position by their order among the tokens, not by their place in the picture.
-    """
-
-    def __init__(self, config: LavitConfig, places: int, dim: int) -> None:
-        super().__init__()
-        width = config.decoder_dim
-        self.enter = nn.Linear(config.code_dim, width)
-        self.positions = nn.Parameter(torch.zeros(1, places, width))
-        self.queries = nn.Parameter(torch.zeros(1, places, width))
-        self.blocks = nn.ModuleList(
-            CrossBlock(width, config.decoder_heads, config.decoder_hidden) for _ in range(config.decoder_depth)
-        )
-        self.norm = nn.LayerNorm(width, 1e-5)
-        self.leave = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, dim))
-        for p in (self.positions, self.queries):
-            nn.init.trunc_normal_(p, std=0.02)
-
-    def context(self, codes: Tensor, mask: Tensor) -> Tensor:
-        """What the queries read, (B, n, width), of codes (B, n, code_dim) and mask bool (B, n)."""
-        order = (mask.cumsum(1) - 1).clamp(min=0)  # wherever padding stands, before the tokens or after
-        return self.enter(codes.to(self.enter.weight.dtype)) + self.positions[0][order]
-
-    def forward(self, codes: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Features (B, N, dim) of codes (B, n, code_dim).
-
-        Args:
-            mask: bool (B, n), True where a code is real.
-            weight: float (B, n), 1 where a code is real: factors of the attention weights before they are normalised. They
-                change nothing, but carry gradients to the selector, as the masks of the merger do.
-        """
-        context, seen = self.context(codes, mask), mask
-        if weight is not None:
-            logits = weight.masked_fill(~mask, 1).log()  # a factor of exp(a) is a summand of a
-            seen = logits.masked_fill(~mask, -torch.inf)
-        x = self.queries.expand(len(codes), -1, -1)
-        for block in self.blocks:
-            x = block(x, context, seen)
-        return self.leave(self.norm(x))
 
 
 # -- pixels by diffusion (section 3.1, equation 5) ----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
 from tokgen.losses.contrastive import contrastive_loss
+from tokgen.nn.feature_decoder import FeatureDecoder
 from tokgen.nn.qformer import QFormer
 from tokgen.nn.vit import Block
 from tokgen.quantizers.base import build_quantizer
@@ -62,6 +63,12 @@ class SeedConfig:
         text_end: id that ends captions, as BERT's [SEP], 102; None: none.
         embed_dim: width of the space in which pictures and captions are compared.
         label_smoothing: of the contrastive loss.
+        feature_places: learned places are added to the encoder's features, for encoders whose features do not tell where
+            they are (rotary positions); EVA's do.
+        grounding_weight, grounding_depth: of a term of the stage "contrastive" that the release does not have, and blocks of
+            its decoder: the encoder's features are to be read off the queries, weight * (1 - cosine). The release starts from
+            BLIP-2's Q-Former, whose queries differ; from nothing, contrast alone teaches the last query, and all others
+            become its copies. 0: none.
         quantizer_weight, reconstruction_weight, target_weight: of the terms of the stage "codebook".
         pixel_decoder: fields of `PixelDecoderConfig`, for pixels without a diffusion model; None: none.
     """
@@ -91,6 +98,9 @@ class SeedConfig:
     text_end: int | None = None
     embed_dim: int = 256
     label_smoothing: float = 0.1
+    feature_places: bool = False
+    grounding_weight: float = 0.0
+    grounding_depth: int = 2
     quantizer_weight: float = 5.0
     reconstruction_weight: float = 2.0
     target_weight: float = 0.5
@@ -193,8 +203,9 @@ class SEED(SemanticTokenizer):
         c = self.config
         shape = {"heads": c.heads, "hidden": c.hidden, "dropout": c.dropout}
         shape["cross_attention_freq"] = c.cross_attention_freq
-        width = self.encoder.feature_shape[1]
+        places, width = self.encoder.feature_shape
         self.ln_vision = nn.LayerNorm(width, 1e-5)
+        self.feature_places = nn.Parameter(0.5 * torch.randn(1, places, width)) if c.feature_places else None
         self.qformer = QFormer(c.queries, width, c.causal, c.dim, layers=c.layers, text_vocab=c.text_vocab, **shape)
         self.encode_task = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, c.code_dim))
         self.quantizer = build_quantizer(c.quantizer, c.code_dim)
@@ -209,6 +220,10 @@ class SEED(SemanticTokenizer):
             self.vision_projection = nn.Linear(c.dim, c.embed_dim)
             self.text_projection = nn.Linear(c.dim, c.embed_dim)
             self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.grounding: FeatureDecoder | None = None
+        if c.grounding_weight:
+            sizes = (c.dim, c.heads, c.hidden, c.grounding_depth)
+            self.grounding = FeatureDecoder(c.dim, c.queries, places, width, *sizes)
         self.add_pixel_decoder(c.dim, c.queries)
 
     @property
@@ -222,6 +237,7 @@ class SEED(SemanticTokenizer):
         norm = self.ln_vision
         with torch.autocast(features.device.type, enabled=False):  # in fp32, as published
             x = F.layer_norm(features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+            x = x if self.feature_places is None else x + self.feature_places
         return self.qformer(x.to(norm.weight.dtype))
 
     def tokenize_features(self, features: Tensor) -> Tokens:
@@ -305,7 +321,8 @@ class SEED(SemanticTokenizer):
     def stage_modules(self, stage: str) -> list[nn.Module | nn.Parameter]:
         if stage == CONTRASTIVE:
             self._need_text_side()
-            return [self.ln_vision, self.qformer, self.vision_projection, self.text_projection, self.temperature]
+            parts = [self.ln_vision, self.qformer, self.vision_projection, self.text_projection, self.temperature]
+            return [*parts, *(part for part in (self.feature_places, self.grounding) if part is not None)]
         if stage == CODEBOOK:
             parts = [self.encode_task, self.quantizer, self.decode_task]
             return [*parts, self.reconstruction, self.generation, self.head]
@@ -327,7 +344,9 @@ class SEED(SemanticTokenizer):
 
     def _contrastive_step(self, batch: dict[str, Any]) -> StageOutput:
         """The last query and the caption's first token find each other among those of all ranks (BLIP-2's ITC)."""
-        images = self._image_embedding(self.query_features(self.vision_features(batch)))
+        features = self.vision_features(batch)
+        sequence = self.query_features(features)
+        images = self._image_embedding(sequence)
         texts = self.text_embedding(*self.text_ids(batch["caption"]))
         temperature = self.temperature.clamp(min=MIN_TEMPERATURE)
         groups = torch.tensor([zlib.crc32(c.encode()) for c in batch["caption"]], device=images.device)
@@ -340,7 +359,12 @@ class SEED(SemanticTokenizer):
                 self.config.label_smoothing,
                 "ranks-detached" if self.training else "local",
             )
-        return StageOutput({"contrastive": loss}, {"temperature": temperature.detach()}, pair=(images, texts))
+        losses, stats = {"contrastive": loss}, {"temperature": temperature.detach()}
+        if self.grounding is not None:
+            cosine = F.cosine_similarity(self.grounding(sequence).float(), features.float(), dim=-1).mean()
+            losses["grounding"] = self.config.grounding_weight * (1 - cosine)
+            stats["cosine_features"] = cosine.detach()
+        return StageOutput(losses, stats, pair=(images, texts))
 
     def _codebook_step(self, batch: dict[str, Any]) -> StageOutput:
         c = self.config
@@ -468,6 +492,9 @@ class SEED(SemanticTokenizer):
             "v1": SeedConfig.v1(**{**reverse, "reverse_queries": 5}),
             "bidirectional": SeedConfig(**{**small, "causal": False, "queries": 32}),
             "text": SeedConfig(**{**small, "encoder": contrastive, "text_vocab": 280, "max_text": 12}),
+            "grounded": SeedConfig(
+                **{**small, "encoder": contrastive, **text, "feature_places": True, "grounding_weight": 1.0}
+            ),
         }
 
 
