@@ -201,13 +201,27 @@ def encode(
     print(f"{len(tokens)} image(s), {tokens.layout}{ragged}, {tokens.bits.mean():.0f} bits each, saved to {out}")
 
 
-def decode(tokens: str, model: str, out: str, columns: int | None = None, device: str | None = None) -> None:
+def decode(
+    tokens: str,
+    model: str,
+    out: str,
+    pipeline: str | None = None,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    columns: int | None = None,
+    device: str | None = None,
+) -> None:
     """Turn a file of tokens back into a picture (several become a grid).
 
     Args:
         tokens: a file that `tokgen encode` wrote.
         model: folder or Hub name of the tokenizer that made them.
         out: the .png to write.
+        pipeline: folder or Hub name of the diffusion pipeline that a semantic tokenizer's codes condition (seed, lavit); the
+            tokenizer's own decoder without it.
+        seed: of the first picture that a pipeline draws, counted up from there.
+        guidance_scale, num_inference_steps: of the pipeline; those published with the tokenizer without them.
         columns: pictures in a row of the grid.
         device: such as "cuda:0"; the best there is without it.
     """
@@ -216,8 +230,18 @@ def decode(tokens: str, model: str, out: str, columns: int | None = None, device
 
     loaded, tokenizer = Tokens.load(tokens), _load(model, "tokenizer", device)
     _need_pictures(tokenizer, model)
-    pixels = tokenizer.decode(loaded)
-    settings = {"tokens": Path(tokens).name, "tokenizer": loaded.tokenizer}
+    settings: dict[str, Any] = {"tokens": Path(tokens).name, "tokenizer": loaded.tokenizer}
+    given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if pipeline is not None:
+        if not hasattr(tokenizer, "draw"):
+            raise InputError(f"--pipeline says nothing about {model} ({tokenizer.type_name}), which decodes by itself")
+        settings |= {"pipeline": pipeline, "seed": seed, **given}
+        pixels = tokenizer.draw(loaded, pipeline, generator=seed, **given)
+    elif given:
+        raise InputError(f"--{next(iter(given))} is for a diffusion pipeline; give --pipeline too, or leave it out")
+    else:
+        pixels = tokenizer.decode(loaded)
     write_png(pixels[0] if len(pixels) == 1 else image_grid(pixels, columns), out, settings)
     print(f"{len(pixels)} image(s) of {pixels.shape[-2]} x {pixels.shape[-1]} decoded to {out}")
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,15 @@ def pictures(split: str) -> tuple[torch.Tensor, list[str], list[dict[str, Any]]]
 
 # -- SEED -------------------------------------------------------------------------------------------------------------
 
-SEED_ARMS = {"causal": [], "both ways": [f"{CONFIG}causal", "false"]}
+SEED_ARMS = {
+    "causal": [],
+    "both ways": [f"{CONFIG}causal", "false"],
+    "causal, not grounded": [f"{CONFIG}grounding_weight", "0"],
+}
+SEED_STAGES = ["--model.init_args.stages", json.dumps([  # without pixels, which change neither codes nor queries
+    {"name": "contrastive", "steps": 800, "warmup_steps": 50, "final": 0.02},
+    {"name": "codebook", "steps": 600, "warmup_steps": 50, "final": 0.02},
+])]  # fmt: skip
 PREDICTOR = [  # the small model that predicts codes: generators/llama-tiny.yaml with these changes
     "--model.init_args.visual_tokenizer", "null", "--model.init_args.config.rope", "1d", "--model.init_args.config.dim", "192",
     "--model.init_args.config.n_layers", "4", "--model.init_args.config.caption_dropout", "0.5",
@@ -84,7 +93,7 @@ def measure_seed(run: Path, seed: int) -> dict[str, float]:
     codebook = last_validation(run, 1)
     result["sequence"] = codebook["val/cosine_reconstruction"]
     result["target"] = codebook["val/cosine_target"]
-    result["pixels"] = last_validation(run, 2)["val/psnr"]
+    result["likeness"] = likeness(tokenizer, pictures("val")[0])
 
     # how well a small model predicts the codes, with the caption and without, in bits a code of `val`
     for split in ("train", "val"):
@@ -116,6 +125,15 @@ def unconditional_bits(generator: Path, tokenizer: Any) -> dict[str, float]:
     return {"bits": loss / torch.log(torch.tensor(2.0)).item(), "bits of single codes": float(alone)}
 
 
+@torch.no_grad()
+def likeness(tokenizer: Any, pixels: torch.Tensor) -> float:
+    """How alike the queries of a picture are: mean cosine between what two of them say of it beyond their means."""
+    sequence = tokenizer.query_features(tokenizer.encoder.features(pixels))  # (B, Q, dim)
+    unit = torch.nn.functional.normalize(sequence - sequence.mean(0), dim=-1)
+    q = unit.shape[1]
+    return float(((unit @ unit.transpose(1, 2)).sum((1, 2)) - q).mean() / (q * (q - 1)))
+
+
 def retrieval(name: str, images: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
     from tokgen.evaluation.retrieval import matching_rates
 
@@ -126,10 +144,14 @@ def retrieval(name: str, images: torch.Tensor, texts: torch.Tensor) -> dict[str,
 def study_seed(out: Path, seeds: list[int], jobs: int) -> str:
     import tokgen as package
 
-    runs = train_all(out, "seed-tiny", SEED_ARMS, seeds, jobs)
+    ungrounded = "causal, not grounded"  # one seed: it is to show why the term is there
+    runs = train_all(
+        out, "seed-tiny", {n: a for n, a in SEED_ARMS.items() if n != ungrounded}, seeds, jobs, SEED_STAGES
+    )
+    runs |= train_all(out, "seed-tiny", {ungrounded: SEED_ARMS[ungrounded]}, seeds[:1], jobs, SEED_STAGES)
     with ThreadPoolExecutor(jobs) as pool:
         futures = {key: pool.submit(measure_seed, run, key[1]) for key, run in runs.items()}
-        results = {name: [futures[name, s].result() for s in seeds] for name in SEED_ARMS}
+        results = {name: [f.result() for key, f in futures.items() if key[0] == name] for name in SEED_ARMS}
     teacher, of_teacher = package.load(TEACHER), {}
     for split in UNSEEN:
         pixels, captions, _ = pictures(split)
@@ -153,7 +175,7 @@ def study_seed(out: Path, seeds: list[int], jobs: int) -> str:
         "perplexity": ("perplexity", 1, ".0f", ""),
         "cosine to the queries": ("sequence", 1, ".3f", ""),
         "to the teacher's embedding": ("target", 1, ".3f", ""),
-        "pixels, dB": ("pixels", 1, ".2f", ""),
+        "likeness of the queries": ("likeness", 1, ".2f", ""),
     }
     return "\n".join(lines) + "\n\n" + table(results, columns)
 
@@ -175,7 +197,14 @@ def measure_lavit(run: Path) -> dict[str, float]:
     features = tokenizer.encoder.features(pixels)
     rebuilt = tokenizer.decode_features(tokenizer.encode(pixels))
     ids = torch.cat([tokenizer.encode(p).ids.flatten() for p in pictures("train")[0].split(256)])
+    rules = {"systematic": {}, "threshold": {"threshold": 0.5}, "draws": {"sample": torch.Generator().manual_seed(0)}}
+    rules_found = {}
+    for name, options in rules.items():
+        tokens = tokenizer.encode(pixels, **options)
+        rules_found[f"{name} tokens"] = tokens.lengths.double().mean().item()
+        rules_found[f"{name} cosine"] = loss_of(features, tokenizer.decode_features(tokens))
     return {
+        **rules_found,
         "kept": counts.double().mean().item(),
         "kept_std": counts.double().std().item(),
         "least": float(counts.min()),
@@ -183,11 +212,15 @@ def measure_lavit(run: Path) -> dict[str, float]:
         "correlation": rank_correlation(counts, sizes),
         "without": last_validation(run, 0)["val/cosine"],
         "with": last_validation(run, 1)["val/cosine"],
-        "cosine": 1 - torch.nn.functional.cosine_similarity(features, rebuilt, dim=-1).mean().item(),
+        "cosine": loss_of(features, rebuilt),
         "psnr": report.psnr,
         "bits": report.bits,
         "usage": len(ids.unique()) / tokenizer.codebook_sizes[0],
     }
+
+
+def loss_of(features: torch.Tensor, rebuilt: torch.Tensor) -> float:
+    return 1 - torch.nn.functional.cosine_similarity(features, rebuilt, dim=-1).mean().item()
 
 
 def png_bytes(picture: torch.Tensor) -> int:
@@ -234,18 +267,23 @@ def study_lavit(out: Path, seeds: list[int], jobs: int) -> str:
         "bits a picture": ("bits", 1, ".0f", ""),
         "codes used": ("usage", 100, ".1f", " %"),
     }
-    return table(results, columns)
+    of_rules = {
+        f"{rule}: {what}": (f"{rule} {key}", 1, form, "")
+        for rule in ("systematic", "threshold", "draws")
+        for what, key, form in (("tokens", "tokens", ".1f"), ("1 - cosine", "cosine", ".3f"))
+    }
+    return table(results, columns) + "\n\n" + table({"dynamic": results["dynamic"]}, of_rules)
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
 def train_all(
-    out: Path, recipe: str, arms: dict[str, list[str]], seeds: list[int], jobs: int
+    out: Path, recipe: str, arms: dict[str, list[str]], seeds: list[int], jobs: int, common: Sequence[str] = ()
 ) -> dict[tuple[str, int], Path]:
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
-            (name, seed): pool.submit(train, out, recipe, name.replace(",", ""), seed, arguments)
+            (name, seed): pool.submit(train, out, recipe, name.replace(",", ""), seed, [*common, *arguments])
             for seed in seeds
             for name, arguments in arms.items()
         }

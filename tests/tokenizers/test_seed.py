@@ -481,3 +481,50 @@ def test_drawing_refuses_what_does_not_fit(pipeline, unclip, tmp_path):
     assert "\n" not in str(error.value)
     by_name = seed.draw(tokens, unclip, num_inference_steps=2, generator=3)
     assert torch.equal(by_name, seed.draw(tokens, pipeline, num_inference_steps=2, generator=3))
+
+
+def test_the_command_line_draws(tmp_path, unclip, capsys):
+    from tokgen.cli import main
+    from tokgen.images import read_image, to_uint8
+
+    seed = build("mlp").eval()
+    model, file, out = seed.save_pretrained(tmp_path / "seed"), tmp_path / "tokens.safetensors", tmp_path / "drawn.png"
+    tokens = seed.encode(colours(1))
+    tokens.save(file)
+    command = ["decode", str(file), "--model", str(model), "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--pipeline", str(unclip), "--seed", "3", "--num_inference_steps", "2"]) == 0
+    drawn = to_uint8(seed.draw(tokens, unclip, num_inference_steps=2, generator=3))
+    assert torch.equal(read_image(out), drawn[0])
+    assert main([*command, "--guidance_scale", "3"]) == 2
+    assert "give --pipeline too" in capsys.readouterr().err
+
+
+# -- grounding --------------------------------------------------------------------------------------------------------
+
+
+def test_grounding_reads_the_encoders_features_off_the_queries(vocabulary):
+    """Without the term all queries say the same; with it the features of every place come back, and queries differ."""
+
+    def trained(weight: float) -> tuple[float, float]:
+        seed = build("grounded", vocabulary, grounding_weight=weight, feature_places=True, dropout=0.0).train()
+        batch = batch_for(seed, 16)
+        batch = {
+            "pixels": torch.rand(16, 3, 28, 28),
+            "caption": [WORDS[i % 4] + " " + "abcd"[i // 4] for i in range(16)],
+        }
+        optimizer = torch.optim.AdamW(parameters_of(seed.stage_modules("contrastive")), lr=2e-3)
+        for _ in range(80):
+            output = seed.stage_step("contrastive", batch)
+            optimizer.zero_grad()
+            sum(output.losses.values()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            x = seed.eval().query_features(seed.encoder.features(batch["pixels"]))
+        x = F.normalize(x - x.mean(0), dim=-1)
+        n = x.shape[1]
+        alike = ((x @ x.transpose(1, 2)).sum((1, 2)) - n).mean() / (n * (n - 1))
+        return float(alike), float(output.stats.get("cosine_features", 0.0))
+
+    (without, _), (alike, cosine) = trained(0.0), trained(20.0)
+    assert cosine > 0.4
+    assert alike < without - 0.1
