@@ -177,7 +177,26 @@ def study_seed(out: Path, seeds: list[int], jobs: int) -> str:
         "to the teacher's embedding": ("target", 1, ".3f", ""),
         "likeness of the queries": ("likeness", 1, ".2f", ""),
     }
-    return "\n".join(lines) + "\n\n" + table(results, columns)
+    drawn = draw_seed(runs["causal", seeds[0]], out)
+    return "\n".join(lines) + "\n\n" + table(results, columns) + "\n\n" + drawn
+
+
+def draw_seed(run: Path, out: Path) -> str:
+    """Train the stage "pixels" on a run's codes, and write originals above what they decode to."""
+    import tokgen as package
+
+    pixels = out / "pixels"
+    if not (pixels / "tokenizer/config.json").is_file():
+        stages = [{"name": "pixels", "steps": 600, "warmup_steps": 50, "final": 0.02}]
+        tokgen(
+            "fit", "-c", "tokenizers/seed-tiny.yaml", "-c", "train/cpu.yaml", "--run_dir", pixels, "--ckpt_path", "auto",
+            "--model.init_args.init_from", run / "tokenizer", "--model.init_args.teachers", "null",
+            "--model.init_args.stages", json.dumps(stages), "--trainer.val_check_interval", 200, log=out / "pixels.txt",
+        )  # fmt: skip
+    tokenizer = package.load(pixels / "tokenizer")
+    shown = torch.cat([pictures(split)[0][: 2 * COLUMNS] for split in UNSEEN])
+    write_rows(out / "decoded.png", shown, tokenizer.decode(tokenizer.encode(shown)))
+    return f"pixels: {last_validation(pixels, 0)['val/psnr']:.2f} dB on val; {out / 'decoded.png'}"
 
 
 # -- LaVIT ------------------------------------------------------------------------------------------------------------
@@ -221,6 +240,20 @@ def measure_lavit(run: Path) -> dict[str, float]:
 
 def loss_of(features: torch.Tensor, rebuilt: torch.Tensor) -> float:
     return 1 - torch.nn.functional.cosine_similarity(features, rebuilt, dim=-1).mean().item()
+
+
+def draw_lavit(run: Path, out: Path) -> str:
+    """Unseen pictures from those that keep fewest tokens to those that keep most, the dropped places faded, and decoded."""
+    import tokgen as package
+    from tokgen.tokenizers.lavit import mark_kept
+
+    tokenizer = package.load(run / "tokenizer")
+    pixels = torch.cat([pictures(split)[0] for split in UNSEEN])
+    order = tokenizer.encode(pixels).lengths.argsort(stable=True)
+    shown = pixels[order[torch.linspace(0, len(pixels) - 1, 2 * COLUMNS).round().long()]]
+    tokens = tokenizer.encode(shown)
+    write_rows(out / "kept.png", shown, mark_kept(shown, tokenizer.keep_map(shown)), tokenizer.decode(tokens))
+    return f"tokens of the pictures in {out / 'kept.png'}: {tokens.lengths.tolist()}"
 
 
 def png_bytes(picture: torch.Tensor) -> int:
@@ -272,7 +305,8 @@ def study_lavit(out: Path, seeds: list[int], jobs: int) -> str:
         for rule in ("systematic", "threshold", "draws")
         for what, key, form in (("tokens", "tokens", ".1f"), ("1 - cosine", "cosine", ".3f"))
     }
-    return table(results, columns) + "\n\n" + table({"dynamic": results["dynamic"]}, of_rules)
+    drawn = draw_lavit(runs["dynamic", seeds[0]], out)
+    return "\n\n".join([table(results, columns), table({"dynamic": results["dynamic"]}, of_rules), drawn])
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
@@ -288,6 +322,18 @@ def train_all(
             for name, arguments in arms.items()
         }
         return {key: future.result() for key, future in futures.items()}
+
+
+COLUMNS = 8
+
+
+def write_rows(path: Path, *parts: torch.Tensor) -> None:
+    """Rows of `COLUMNS` pictures, those of each part below those of the one before; enlarged twice."""
+    from tokgen.images import image_grid, write_png
+
+    parts = tuple(p.float() / 255 if p.dtype == torch.uint8 else p for p in parts)
+    rows = [part[i : i + COLUMNS] for i in range(0, len(parts[0]), COLUMNS) for part in parts]
+    write_png(image_grid(torch.cat(rows), COLUMNS).repeat_interleave(2, -1).repeat_interleave(2, -2), path)
 
 
 def spread(runs: list[dict[str, float]], key: str, scale: float, form: str, unit: str) -> str:

@@ -438,7 +438,7 @@ def test_kept_places_are_marked_in_the_picture():
     assert kept.shape == (3, 8, 8) and kept.dtype == torch.bool
     marked = mark_kept(pixels, kept)
     wide = F.interpolate(kept[:, None].float(), scale_factor=4).bool().expand_as(pixels)
-    assert torch.equal(marked[wide], pixels[wide]) and torch.allclose(marked[~wide], 0.75 + 0.25 * pixels[~wide])
+    assert torch.equal(marked[wide], pixels[wide]) and torch.allclose(marked[~wide], 0.375 + 0.25 * pixels[~wide])
     with pytest.raises(InputError, match="do not fit"):
         mark_kept(pixels, kept[:2])
 

@@ -520,7 +520,7 @@ def _hidden_padding(pipeline: Any, batch: int, real: int, places: int) -> Iterat
 
 
 def mark_kept(pixels: Tensor, keep_map: Tensor, dim: float = 0.25) -> Tensor:
-    """Pictures in which the dropped places are faded towards white.
+    """Pictures in which the dropped places are faded towards grey, so that they show on white and on black.
 
     Args:
         pixels: float (B, 3, H, W) in [0, 1] or uint8.
@@ -542,4 +542,4 @@ def mark_kept(pixels: Tensor, keep_map: Tensor, dim: float = 0.25) -> Tensor:
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     kept = keep_map.to(pixels.device)[:, None]
     kept = kept.repeat_interleave(pixels.shape[-2] // h, 2).repeat_interleave(pixels.shape[-1] // w, 3)
-    return torch.where(kept, pixels, 1 - dim * (1 - pixels))
+    return torch.where(kept, pixels, 0.5 + dim * (pixels - 0.5))
