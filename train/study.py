@@ -83,7 +83,8 @@ def tokgen(*arguments: object, log: Path | None = None) -> float:
 
 def train(out: Path, name: str, seed: int, steps: int, arguments: list[str]) -> Path:
     run = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    if not (run / "generator/config.json").is_file():
+    finished = run / "finished"  # the generator is published at every checkpoint, and says nothing
+    if not finished.is_file():
         run.mkdir(parents=True, exist_ok=True)
         tokgen(
             "fit", "-c", "generators/token-shuffle-tiny.yaml", "-c", "train/cpu.yaml", "--run_dir", run,
@@ -92,6 +93,7 @@ def train(out: Path, name: str, seed: int, steps: int, arguments: list[str]) -> 
             "--trainer.val_check_interval", max(steps // 6, 1), "--samples.count", 0, "--ckpt_path", "auto", *arguments,
             log=run / "log.txt",
         )  # fmt: skip
+        finished.touch()
     return run
 
 

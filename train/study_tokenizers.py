@@ -28,12 +28,14 @@ UNSEEN = ("val", "heldout")  # known things in other styles; things that were ne
 
 def train(out: Path, recipe: str, name: str, seed: int, arguments: list[str]) -> Path:
     run = out / f"{name.replace(' ', '-')}-{seed}"
-    if not (run / "tokenizer/config.json").is_file():
+    finished = run / "finished"  # the tokenizer is published at every checkpoint, and says nothing
+    if not finished.is_file():
         run.mkdir(parents=True, exist_ok=True)
         tokgen(
             "fit", "-c", f"tokenizers/{recipe}.yaml", "-c", "train/cpu.yaml", "--run_dir", run, "--ckpt_path", "auto",
             "--seed_everything", seed, "--data.seed", seed, "--trainer.val_check_interval", 200, *arguments, log=run / "log.txt",
         )  # fmt: skip
+        finished.touch()
     return run
 
 
@@ -186,13 +188,14 @@ def draw_seed(run: Path, out: Path) -> str:
     import tokgen as package
 
     pixels = out / "pixels"
-    if not (pixels / "tokenizer/config.json").is_file():
+    if not (pixels / "finished").is_file():
         stages = [{"name": "pixels", "steps": 600, "warmup_steps": 50, "final": 0.02}]
         tokgen(
             "fit", "-c", "tokenizers/seed-tiny.yaml", "-c", "train/cpu.yaml", "--run_dir", pixels, "--ckpt_path", "auto",
             "--model.init_args.init_from", run / "tokenizer", "--model.init_args.teachers", "null",
             "--model.init_args.stages", json.dumps(stages), "--trainer.val_check_interval", 200, log=out / "pixels.txt",
         )  # fmt: skip
+        (pixels / "finished").touch()
     tokenizer = package.load(pixels / "tokenizer")
     shown = torch.cat([pictures(split)[0][: 2 * COLUMNS] for split in UNSEEN])
     write_rows(out / "decoded.png", shown, tokenizer.decode(tokenizer.encode(shown)))
