@@ -111,6 +111,20 @@ class Generator(Pretrained):
         """
         raise NotImplementedError
 
+    # -- the tokenizer's codebook --------------------------------------------------------------------------------------
+
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether this generator reads codes by their vectors in the tokenizer's codebook, not by embeddings of its own."""
+        return False
+
+    def take_codebook(self, table: Tensor) -> None:
+        """Keep the vectors of the codes, float32 (K, code_dim), as `VisualTokenizer.codebook_table` gives them.
+
+        They are saved with the weights and never trained.
+        """
+        raise ConfigError(f"{type(self).__name__} reads codes by embeddings of its own")
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, batch: dict[str, Any], hidden_of: int | None = None, **weights: float) -> GeneratorOutput:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokgen.errors import InputError, TokenizerMismatch
+from tokgen.errors import ConfigError, InputError, TokenizerMismatch
 from tokgen.pretrained import Pretrained, Registry
 from tokgen.tokens import Tokens
 
@@ -34,12 +34,15 @@ class TokenizerOutput:
         tokens: the ids behind it.
         losses: weighted terms of the quantizer (and of the system itself).
         stats: detached scalars for the log ("usage", "perplexity", ...).
+        codes: the quantized vectors (B, M, code_dim) with their gradients; in eval mode `embeddings(tokens)`. None for a
+            tokenizer that gives none.
     """
 
     reconstruction: Tensor
     tokens: Tokens
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    codes: Tensor | None = None
 
 
 class VisualTokenizer(Pretrained):
@@ -53,6 +56,7 @@ class VisualTokenizer(Pretrained):
 
     ndim: ClassVar[int] = 4  # of a batch of pixels: 4 for images, 5 for video
     modality: ClassVar[str] = "pixels"  # the entry of a batch of data that is encoded
+    reports: ClassVar[tuple[str, ...]] = ()  # stats that are (B,) in eval mode, which a validation averages
 
     # -- what a system implements -------------------------------------------------------------------------------------
 
@@ -81,6 +85,24 @@ class VisualTokenizer(Pretrained):
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    # -- as a language model reads it ---------------------------------------------------------------------------------
+
+    @property
+    def code_dim(self) -> int:
+        """Width of `embeddings`. Raises ConfigError for a tokenizer that gives none."""
+        raise ConfigError(f"{self.type_name} gives no code vectors; a language model reads its ids")
+
+    def embeddings(self, tokens: Tokens) -> Tensor:
+        """Quantized vectors of tokens, float32 (B, M, code_dim): what a language model reads through a projector.
+
+        M is the number of places, in raster order; with several scales of one map it is not the number of ids.
+        """
+        raise ConfigError(f"{self.type_name} gives no code vectors; a language model reads its ids")
+
+    def codebook_table(self) -> Tensor:
+        """The vector of every code, float32 (K, code_dim), as `embeddings` uses it; of a tokenizer with one codebook."""
+        raise ConfigError(f"{self.type_name} has no table of code vectors")
 
     def example_pixels(self, batch: int = 3, wide: bool = False, seed: int = 0) -> Tensor:
         """Smooth random pictures (B, 3, H, W) or clips (B, T, 3, H, W) in [0, 1] that `encode` takes, each of its own kind.

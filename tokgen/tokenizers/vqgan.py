@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tokgen.errors import ConfigError
@@ -109,6 +110,21 @@ class VQGAN(VisualTokenizer):
         """`Tokens` of ids (B, h, w) or (B, h, w, C)."""
         return Tokens(ids.flatten(1, 2), Grid(*ids.shape[1:3]), self.codebook_sizes, tokenizer=self.stamp())
 
+    # -- as a language model reads it ---------------------------------------------------------------------------------
+
+    @property
+    def code_dim(self) -> int:
+        return self.config.code_dim
+
+    def embeddings(self, tokens: Tokens) -> Tensor:
+        return self.quantizer.lookup(tokens.ids.to(self.device)).float()
+
+    def codebook_table(self) -> Tensor:
+        if len(self.codebook_sizes) > 1:
+            return super().codebook_table()
+        with torch.no_grad():
+            return self.quantizer.lookup(torch.arange(self.codebook_sizes[0], device=self.device)).float()
+
     # -- the contract -------------------------------------------------------------------------------------------------
 
     def tokenize(self, pixels: Tensor) -> Tokens:
@@ -130,7 +146,8 @@ class VQGAN(VisualTokenizer):
         reconstruction = self.decode_features(quantized.codes)
         if not self.training:
             reconstruction = self.finish(reconstruction)
-        return TokenizerOutput(reconstruction, self.as_tokens(quantized.ids), quantized.losses, quantized.stats)
+        tokens, codes = self.as_tokens(quantized.ids), quantized.codes.flatten(1, 2)  # (B, h w, code_dim)
+        return TokenizerOutput(reconstruction, tokens, quantized.losses, quantized.stats, codes)
 
     @classmethod
     def example_configs(cls) -> dict[str, VQGANConfig]:

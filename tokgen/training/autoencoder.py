@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from tokgen.encoders.base import load_encoder
 from tokgen.errors import ConfigError
 from tokgen.losses.adversarial import LeCam, adaptive_weight, discriminator_loss, generator_loss
 from tokgen.losses.perceptual import build_perceptual
@@ -18,7 +19,7 @@ from tokgen.losses.reconstruction import reconstruction_loss
 from tokgen.nn.discriminator import PatchGAN
 from tokgen.pretrained import read_weights, resolve
 from tokgen.quantizers.base import sum_over_ranks, usage_stats
-from tokgen.tokenizers.base import VisualTokenizer
+from tokgen.tokenizers.base import TokenizerOutput, VisualTokenizer
 from tokgen.tokens import Tokens
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
 
@@ -78,6 +79,11 @@ class AutoencoderModule(TrainingModule):
         disc_optimizer: the discriminator's.
         accumulate, clip, max_bad_steps: see `TrainingModule`.
         init_from: folder or Hub name of a published tokenizer of the same configuration to start from.
+        train_only: names of the tokenizer's modules that are trained, such as [decoder]; all else stays as it is, codebook
+            included. None trains everything.
+        teacher: encoder (as `load_encoder` takes it) whose features of places (B, N, C) the tokenizer is given as `target`;
+            for tokenizers that also learn features. It is no part of the tokenizer. Shards that hold the teacher's
+            features (`tokgen features`) save running it.
         channels_last: convolutions in that memory format; what it gains depends on machine and map sizes.
         compile: compile encoder, decoder and discriminator in place.
     """
@@ -99,6 +105,8 @@ class AutoencoderModule(TrainingModule):
         clip: float | None = 1.0,
         max_bad_steps: int = 20,
         init_from: str | None = None,
+        train_only: list[str] | None = None,
+        teacher: str | None = None,
         channels_last: bool = True,
         compile: bool = False,
     ) -> None:
@@ -114,6 +122,7 @@ class AutoencoderModule(TrainingModule):
         self.init_from = init_from
         if init_from is not None:
             read_weights(resolve(init_from), tokenizer)
+        self.frozen = self._freeze(train_only)
         self.discriminator: PatchGAN | None = None
         self.lecam: LeCam | None = None
         if loss.disc_weight > 0:
@@ -121,6 +130,7 @@ class AutoencoderModule(TrainingModule):
             self.lecam = LeCam() if loss.lecam_weight > 0 else None
         # a yardstick: not a submodule, so that neither checkpoints, EMA nor DDP carry it
         self.__dict__["perceptual"] = build_perceptual(loss.perceptual, loss.perceptual_path)
+        self.__dict__["teacher"] = None if teacher is None else load_encoder(teacher)
         if loss.adaptive and not isinstance(getattr(getattr(tokenizer, "decoder", None), "last_layer", None), Tensor):
             raise ConfigError(
                 f"loss.adaptive needs a decoder with `last_layer`, which {type(tokenizer).__name__} lacks"
@@ -142,6 +152,31 @@ class AutoencoderModule(TrainingModule):
         self._sums: dict[str, Tensor] = {}
         self._counts: list[Tensor] = []
 
+    def _freeze(self, train_only: list[str] | None) -> list[nn.Module]:
+        """Freeze all but the named modules. Returns the outermost modules that hold nothing that is trained."""
+        if train_only is None:
+            return []
+        own = dict(self.tokenizer.named_modules())
+        for name in train_only:
+            if not name or name not in own:
+                children = ", ".join(name for name, _ in self.tokenizer.named_children())
+                raise ConfigError(
+                    f"train_only names {name!r}, which {self.tokenizer.type_name} lacks; it has {children}"
+                )
+        trained = {id(p) for name in train_only for p in own[name].parameters()}
+        for p in self.tokenizer.parameters():
+            p.requires_grad_(id(p) in trained)
+        return [
+            module for name, module in self.tokenizer.named_children()
+            if not any(chosen == name or chosen.startswith(f"{name}.") for chosen in train_only)
+        ]  # fmt: skip
+
+    def train(self, mode: bool = True) -> AutoencoderModule:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()  # no dropout, and no codebook that follows its vectors
+        return self
+
     def describe(self) -> dict[str, Any]:
         tokenizer = {"type": self.tokenizer.type_name, "config": asdict(self.tokenizer.config)}
         return {**super().describe(), "tokenizer": tokenizer, "loss": asdict(self.terms), "init_from": self.init_from}
@@ -157,22 +192,30 @@ class AutoencoderModule(TrainingModule):
         if isinstance(strategy, DDPStrategy) and self.discriminator is not None:
             # each backward reaches the parameters of one of the two networks only
             strategy._ddp_kwargs["find_unused_parameters"] = True
+        made = self.trainer.datamodule.meta.get("features") if self.teacher is not None else None
+        if made is not None and made["fingerprint"] != self.teacher.fingerprint:
+            raise ConfigError(
+                f"the features in these shards are those of {made['name']} ({made['fingerprint']}), and the teacher is "
+                f"{self.teacher.name} ({self.teacher.fingerprint}); make them again with `tokgen features`, or let "
+                "model.init_args.teacher name the one that made them"
+            )
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise ConfigError(f"trainer.precision {self.trainer.precision} is not supported; use 32-true or bf16-mixed")
-        self._place_perceptual()
+        self._place_yardsticks()
 
     def on_validation_start(self) -> None:
-        self._place_perceptual()
+        self._place_yardsticks()
 
     def on_test_start(self) -> None:
-        self._place_perceptual()
+        self._place_yardsticks()
 
-    def _place_perceptual(self) -> None:
-        if self.perceptual is not None:
-            self.perceptual.to(self.device)
+    def _place_yardsticks(self) -> None:
+        for network in (self.perceptual, self.teacher):
+            if network is not None:
+                network.to(self.device)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -182,6 +225,15 @@ class AutoencoderModule(TrainingModule):
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / 255
         return pixels.contiguous(memory_format=self.memory_format) if pixels.ndim == 4 else pixels
+
+    def reconstruct(self, pixels: Tensor, batch: dict[str, Any]) -> TokenizerOutput:
+        """The tokenizer's forward, with the teacher's features of the same pixels if there is one."""
+        if self.teacher is None:
+            return self.tokenizer(pixels)
+        target = batch.get("features")
+        with torch.no_grad():
+            target = self.teacher.features(pixels) if target is None else target.float()
+        return self.tokenizer(pixels, target=target)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         optimizers = self.optimizers()
@@ -195,7 +247,8 @@ class AutoencoderModule(TrainingModule):
         metrics: dict[str, Any] = {}
 
         with generator.toggle_model(sync_grad=completes):
-            output, terms = self.generator_step(pixels, disc_speaks)
+            output, terms, surrogate = self.generator_terms(pixels, batch, disc_speaks)
+            self.manual_backward(surrogate / self.accumulate)
         good = True
         if completes:
             good, norm = self.update(generator, 0, terms.values(), stateful)
@@ -222,15 +275,17 @@ class AutoencoderModule(TrainingModule):
             self.record_training({**terms, **output.stats, **metrics}, bar=["train/reconstruction", "train/usage"])
         return {"tokens": output.tokens}
 
-    def generator_step(self, pixels: Tensor, disc_speaks: bool) -> tuple[Any, dict[str, Tensor]]:
-        """Forward and backward of the tokenizer. Returns its output and the detached terms of the loss, by name.
+    def generator_terms(
+        self, pixels: Tensor, batch: dict[str, Any], disc_speaks: bool
+    ) -> tuple[TokenizerOutput, dict[str, Tensor], Tensor]:
+        """Forward of the tokenizer: its output, the detached terms of the loss by name, and a scalar with the loss's gradient.
 
         Losses on the picture are differentiated with respect to the picture once, each by itself; their weighted sum
-        goes back through the decoder. The adaptive weight then costs one more gradient of the last layer, and neither
-        the perceptual network nor the discriminator is passed twice.
+        goes back through the decoder with the scalar (whose value means nothing). The adaptive weight then costs one more
+        gradient of the last layer, and neither the perceptual network nor the discriminator is passed twice.
         """
         weights = self.terms
-        output = self.tokenizer(pixels)
+        output = self.reconstruct(pixels, batch)
         picture = output.reconstruction.detach().float().requires_grad_()  # (B, 3, H, W)
         terms: dict[str, Tensor] = {}
 
@@ -253,8 +308,7 @@ class AutoencoderModule(TrainingModule):
         for name, value in output.losses.items():
             terms[name] = value
             surrogate = surrogate + value
-        self.manual_backward(surrogate / self.accumulate)
-        return output, {k: v.detach() for k, v in terms.items()}
+        return output, {k: v.detach() for k, v in terms.items()}, surrogate
 
     def balance(self, reconstruction: Tensor, of_reconstruction: Tensor, of_adversarial: Tensor) -> Tensor:
         """The adaptive weight, from gradients (B, 3, H, W) of the two losses at the picture."""
@@ -283,14 +337,14 @@ class AutoencoderModule(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         zero = lambda: torch.zeros((), dtype=torch.float64, device=self.device)  # noqa: E731
-        self._sums = {k: zero() for k in ("images", "psnr", "mse", "l1", "perceptual")}
+        self._sums = {k: zero() for k in ("images", "psnr", "mse", "l1", "perceptual", *self.tokenizer.reports)}
         self._counts = [torch.zeros(k, dtype=torch.int64, device=self.device) for k in self.tokenizer.codebook_sizes]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         pixels = self.pixels(batch)
         valid = batch.get("valid")
         valid = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device) if valid is None else valid.bool()
-        output = self.tokenizer(pixels)
+        output = self.reconstruct(pixels, batch)
         reconstruction = self.tokenizer.finish(output.reconstruction)
         error = (reconstruction - pixels).flatten(1)
         mse = error.square().mean(1)
@@ -299,6 +353,7 @@ class AutoencoderModule(TrainingModule):
         sums = {"images": torch.ones_like(psnr), "psnr": psnr, "mse": mse, "l1": error.abs().mean(1)}
         if self.perceptual is not None:
             sums["perceptual"] = self.perceptual.per_image(reconstruction, pixels)
+        sums |= {name: output.stats[name] for name in self.tokenizer.reports if name in output.stats}  # each (B,)
         for name, value in sums.items():
             self._sums[name] += value[valid].double().sum()
         ids = output.tokens.ids[valid]  # (b, N) or (b, N, C)
@@ -311,7 +366,9 @@ class AutoencoderModule(TrainingModule):
         totals = sum_over_ranks(torch.stack(list(self._sums.values())))
         sums = dict(zip(self._sums, totals))
         images = sums.pop("images").clamp(min=1)
-        metrics = {f"val/{k}": v / images for k, v in sums.items() if k != "perceptual" or self.perceptual is not None}
+        left_out = ("perceptual",) if self.perceptual is None else ()
+        left_out += self.tokenizer.reports if self.teacher is None else ()
+        metrics = {f"val/{k}": v / images for k, v in sums.items() if k not in left_out}
         stats = [usage_stats(sum_over_ranks(c)) for c in self._counts]  # over the whole set
         for name in stats[0]:
             metrics[f"val/{name}"] = torch.stack([s[name] for s in stats]).mean()

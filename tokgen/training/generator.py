@@ -329,6 +329,8 @@ class GeneratorModule(TrainingModule):
             }  # fmt: skip
             config = config_from_dict(self.cls.config_class, {**self.sizes, **facts, **read}, "config")
             generator = self.cls(config, text)
+            if generator.needs_codebook:
+                generator.take_codebook(self._visual_tokenizer_for("reads codes by their vectors").codebook_table())
             if source is not None:
                 fresh = generator.start_from(source)
                 log.info("started from %s; new here: %s", self.init_from, ", ".join(fresh) or "nothing")
@@ -358,6 +360,13 @@ class GeneratorModule(TrainingModule):
             if self.projector is not None:
                 fully_shard(self.projector, mesh=mesh)
         self.generator = generator
+
+    def _visual_tokenizer_for(self, need: str) -> VisualTokenizer:
+        if self.visual_tokenizer is None:
+            raise ConfigError(
+                f"this generator {need}: give model.init_args.visual_tokenizer, the one that made the codes"
+            )
+        return self.visual_tokenizer
 
     def _make_projector(self, generator: Generator, blocks: int) -> AlignmentProjector:
         if self.alignment.block > blocks:
