@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,21 +54,24 @@ def _law(findings: list[Finding], law: str, case: str, check: Callable[[], str])
 
 
 def check_tokenizer(tokenizer: VisualTokenizer, publication: bool = True) -> list[Finding]:
-    """Run the five laws in {fp32, bf16 autocast} x {square, wide}; square only where the tokenizer takes one size.
+    """Run the five laws in {fp32, bf16 autocast} x {square, wide}; square only where the tokenizer takes one size. A tokenizer of
+    pictures and clips keeps them for both.
 
     Args:
         publication: also law 3, which starts a process.
     """
     tokenizer = tokenizer.eval()
     findings: list[Finding] = []
-    for shape in ("square", "wide") if tokenizer.image_size is None else ("square",):
-        pixels = tokenizer.example_pixels(wide=shape == "wide").to(tokenizer.device)
-        for name in PRECISIONS:
-            with precision(name, tokenizer.device):
-                _check_case(findings, tokenizer, pixels, f"{shape}, {name}")
-    if publication:
-        tokens = tokenizer.encode(tokenizer.example_pixels(wide=True))
-        _law(findings, "publication", "fp32", lambda: _other_process(tokenizer, tokens))
+    for ndim in tokenizer.ndims:
+        kind = ("clips, " if ndim == 5 else "pictures, ") if len(tokenizer.ndims) > 1 else ""
+        for shape in ("square", "wide") if tokenizer.image_size is None else ("square",):
+            pixels = tokenizer.example_pixels(wide=shape == "wide", ndim=ndim).to(tokenizer.device)
+            for name in PRECISIONS:
+                with precision(name, tokenizer.device):
+                    _check_case(findings, tokenizer, pixels, f"{kind}{shape}, {name}")
+        if publication:
+            tokens = tokenizer.encode(tokenizer.example_pixels(wide=True, ndim=ndim))
+            _law(findings, "publication", f"{kind}fp32", partial(_other_process, tokenizer, tokens))
     return findings
 
 

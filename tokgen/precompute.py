@@ -81,7 +81,7 @@ def tokenize_shards(
             or `out` was made with another tokenizer or encoder.
         InputError: a tokenizer of something else than pictures, or a size that it does not take.
     """
-    if tokenizer.modality != "pixels" or tokenizer.ndim != 4:
+    if tokenizer.modality != "pixels" or 4 not in tokenizer.ndims:
         raise InputError(f"{tokenizer.type_name} tokenizes no pictures, and code shards are made of pictures")
     manifest = _image_manifest(source, "tokenizing")
     tokenizer = tokenizer.eval()

@@ -3,16 +3,22 @@
 Levels run from high to low resolution in the encoder and back in the decoder; attention sits at the lowest resolution
 only. With `patch` > 1 the pixels are first folded into channels (space to depth), which makes a small tokenizer cheap:
 every convolution at full resolution disappears. `patch=1` is the published model.
+
+Blocks take the kind of their norms, a function of the width, and hand on to them what they are given besides the map
+(`condition`): nothing for GroupNorm, the codes for norms that these condition (`tokgen.nn.spatiotemporal.SpatialNorm`).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokgen.errors import ConfigError
+
+Norm = Callable[[int], nn.Module]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -25,34 +31,34 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """Pre-activation residual block: (norm, swish, conv3x3) twice; a 1x1 shortcut where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, norm: Norm = group_norm) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x, *condition)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h, *condition))))
         return self.shortcut(x) + h
 
 
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all positions of a feature map, with 1x1 projections and a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: Norm = group_norm) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        n = self.norm(x, *condition)
         # (B, C, h, w) -> (B, 1, hw, C): one head as wide as the map
         q, k, v = (f(n).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)  # scale C^-1/2
@@ -63,24 +69,34 @@ class SpatialAttention(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention if asked for."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        dropout: float,
+        norm: Norm = group_norm,
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.blocks = nn.ModuleList(ResBlock(a, b, dropout) for a, b in itertools.pairwise(widths))
-        self.attention = nn.ModuleList(SpatialAttention(out_channels) for _ in range(blocks if attention else 0))
+        self.blocks = nn.ModuleList(ResBlock(a, b, dropout, norm) for a, b in itertools.pairwise(widths))
+        self.attention = nn.ModuleList(SpatialAttention(out_channels, norm) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, *condition)
             if self.attention:
-                x = self.attention[i](x)
+                x = self.attention[i](x, *condition)
         return x
 
 
-def middle(channels: int, dropout: float) -> nn.Sequential:
+def middle(channels: int, dropout: float, norm: Norm = group_norm) -> nn.Sequential:
     """The bottleneck: residual block, attention, residual block."""
     return nn.Sequential(
-        ResBlock(channels, channels, dropout), SpatialAttention(channels), ResBlock(channels, channels, dropout)
+        ResBlock(channels, channels, dropout, norm),
+        SpatialAttention(channels, norm),
+        ResBlock(channels, channels, dropout, norm),
     )
 
 
@@ -120,7 +136,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) -> pixels (B, 3, f h, f w), not clamped. `levels[0]` is the lowest resolution."""
+    """Features (B, z_channels, h, w) -> pixels (B, 3, f h, f w), not clamped. `levels[0]` is the lowest resolution.
+
+    `norm` makes all norms, and is called with `condition`.
+    """
 
     def __init__(
         self,
@@ -130,18 +149,19 @@ class Decoder(nn.Module):
         z_channels: int,
         dropout: float,
         patch: int,
+        norm: Norm = group_norm,
     ) -> None:
         super().__init__()
         widths = [channels * m for m in reversed(channel_mult)]
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0], dropout)
+        self.mid = middle(widths[0], dropout, norm)
         # one more residual block per level than the encoder, as published
         self.levels = nn.ModuleList(
-            Level(([widths[0], *widths])[i], w, num_res_blocks + 1, attention=i == 0, dropout=dropout)
+            Level(([widths[0], *widths])[i], w, num_res_blocks + 1, attention=i == 0, dropout=dropout, norm=norm)
             for i, w in enumerate(widths)
         )
         self.upsample = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[:-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * patch**2, 3, padding=1)
         self.unfold = nn.PixelShuffle(patch) if patch > 1 else nn.Identity()
 
@@ -150,10 +170,12 @@ class Decoder(nn.Module):
         """The weight at which the adaptive adversarial weight compares gradients (arXiv 2012.09841, eq. 7)."""
         return self.conv_out.weight
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+    def forward(self, z: Tensor, *condition: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for part in self.mid:
+            x = part(x, *condition)
         for i, level in enumerate(self.levels):
-            x = level(x)
+            x = level(x, *condition)
             if i < len(self.upsample):
                 x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.unfold(self.conv_out(F.silu(self.norm_out(x))))
+        return self.unfold(self.conv_out(F.silu(self.norm_out(x, *condition))))

@@ -16,8 +16,10 @@ from tokgen.tokens import Tokens
 TOKENIZERS: Registry[VisualTokenizer] = Registry(
     "tokenizer",
     {
+        "emu3": "tokgen.tokenizers.emu3:Emu3",
         "lavit": "tokgen.tokenizers.lavit:LAVIT",
         "seed": "tokgen.tokenizers.seed:SEED",
+        "tokenflow": "tokgen.tokenizers.tokenflow:TokenFlow",
         "vqgan": "tokgen.tokenizers.vqgan:VQGAN",
         "video-lavit-motion": "tokgen.tokenizers.video_lavit_motion:MotionTokenizer",
     },
@@ -29,7 +31,7 @@ class TokenizerOutput:
     """What a tokenizer's forward gives.
 
     Attributes:
-        reconstruction: float (B, 3, H, W). In eval mode in [0, 1] and equal to `decode(encode(x))` bit for bit; in
+        reconstruction: float, of the shape of the pixels. In eval mode in [0, 1] and equal to `decode(encode(x))` bit for bit; in
             training not clamped, so that the loss sees what lies outside.
         tokens: the ids behind it.
         losses: weighted terms of the quantizer (and of the system itself).
@@ -54,7 +56,7 @@ class VisualTokenizer(Pretrained):
     Subclasses implement `tokenize`, `detokenize` and `forward`, and give `example_configs` for the conformance suite.
     """
 
-    ndim: ClassVar[int] = 4  # of a batch of pixels: 4 for images, 5 for video
+    ndims: ClassVar[tuple[int, ...]] = (4,)  # that a batch of pixels may have: 4 for images, 5 for clips
     modality: ClassVar[str] = "pixels"  # the entry of a batch of data that is encoded
     reports: ClassVar[tuple[str, ...]] = ()  # stats that are (B,) in eval mode, which a validation averages
 
@@ -104,21 +106,23 @@ class VisualTokenizer(Pretrained):
         """The vector of every code, float32 (K, code_dim), as `embeddings` uses it; of a tokenizer with one codebook."""
         raise ConfigError(f"{self.type_name} has no table of code vectors")
 
-    def example_pixels(self, batch: int = 3, wide: bool = False, seed: int = 0) -> Tensor:
+    def example_pixels(self, batch: int = 3, wide: bool = False, seed: int = 0, ndim: int | None = None) -> Tensor:
         """Smooth random pictures (B, 3, H, W) or clips (B, T, 3, H, W) in [0, 1] that `encode` takes, each of its own kind.
 
         Args:
             wide: not square, where the size is free.
+            ndim: one of `ndims`; None takes the first.
         """
+        clips = (ndim or self.ndims[0]) == 5
         f = self.factor
         h, w = self.image_size or (4 * f, 6 * f if wide else 4 * f)
-        frames = 8 if self.ndim == 5 else 1
+        frames = 8 if clips else 1
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(batch * frames, 3, 6, 6, generator=generator)
         pixels = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear") * torch.rand(
             batch * frames, 1, 1, 1, generator=generator
         )
-        return pixels.unflatten(0, (batch, frames)) if self.ndim == 5 else pixels
+        return pixels.unflatten(0, (batch, frames)) if clips else pixels
 
     @classmethod
     def example_configs(cls) -> dict[str, Any]:
@@ -141,7 +145,7 @@ class VisualTokenizer(Pretrained):
 
     @torch.no_grad()
     def decode(self, tokens: Tokens, check: bool = True) -> Tensor:
-        """Pixels, float (B, 3, H, W) in [0, 1], of tokens this tokenizer made.
+        """Pixels, float (B, 3, H, W) or (B, T, 3, H, W) in [0, 1], of tokens this tokenizer made.
 
         Args:
             check: refuse tokens of another tokenizer (by fingerprint) and ids out of range.
@@ -172,7 +176,7 @@ class VisualTokenizer(Pretrained):
 
     def pictures(self, pixels: Tensor) -> Tensor:
         """What logs show of a batch of pixels: float (B, 3, H, W) in [0, 1]; of a clip, its middle frame."""
-        return pixels[:, pixels.shape[1] // 2] if self.ndim == 5 else pixels
+        return pixels[:, pixels.shape[1] // 2] if pixels.ndim == 5 else pixels
 
     @property
     def device(self) -> torch.device:
@@ -181,12 +185,12 @@ class VisualTokenizer(Pretrained):
     def as_pixels(self, pixels: Any) -> Tensor:
         """Whatever `encode` accepts as float (B, 3, H, W) or (B, T, 3, H, W) in [0, 1] on this module's device."""
         pixels = _to_tensor(pixels)
-        if pixels.ndim == self.ndim - 1:
+        if pixels.ndim == self.ndims[0] - 1:
             raise InputError(
                 f"pixels have shape {tuple(pixels.shape)}; a batch is expected: add a dimension with x[None]"
             )
-        if pixels.ndim != self.ndim or pixels.shape[-3] != 3:
-            shape = "(B, 3, H, W)" if self.ndim == 4 else "(B, T, 3, H, W)"
+        if pixels.ndim not in self.ndims or pixels.shape[-3] != 3:
+            shape = " or ".join("(B, 3, H, W)" if n == 4 else "(B, T, 3, H, W)" for n in self.ndims)
             raise InputError(
                 f"pixels have shape {tuple(pixels.shape)}; expected {shape}, channels before height and width"
             )

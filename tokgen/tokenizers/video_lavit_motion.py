@@ -210,7 +210,7 @@ class MotionTokenizer(VisualTokenizer):
 
     type_name: ClassVar[str] = "video-lavit-motion"
     config_class: ClassVar[type] = MotionConfig
-    ndim: ClassVar[int] = 5
+    ndims: ClassVar[tuple[int, ...]] = (5,)
     modality: ClassVar[str] = "motion"
 
     def __init__(self, config: MotionConfig) -> None:
@@ -287,7 +287,7 @@ class MotionTokenizer(VisualTokenizer):
             raise InputError("motion holds numbers that are not finite; places without a motion vector must be 0")
         return pixels.to(self.device, torch.float32)
 
-    def example_pixels(self, batch: int = 3, wide: bool = False, seed: int = 0) -> Tensor:
+    def example_pixels(self, batch: int = 3, wide: bool = False, seed: int = 0, ndim: int | None = None) -> Tensor:
         """Smooth random motion (B, T, 2, H, W), each clip of its own strength, around a pan of its own."""
         c, generator = self.config, torch.Generator().manual_seed(seed)
         coarse = torch.randn(batch, 2, 4, 3, 5, generator=generator)
