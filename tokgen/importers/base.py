@@ -62,10 +62,12 @@ def rename(
     return out, report
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, containers: Sequence[str] = ("model", "module", "state_dict")
+) -> dict[str, Tensor]:
     """The tensors of a published .pt / .pth / .bin / .safetensors file; never unpickles objects.
 
-    Containers {"model" | "state_dict" | "module": tensors, ...} are opened. argparse.Namespace, which LlamaGen's files
+    Containers {"model" | "state_dict" | "module": tensors, ...} are opened, the first that is there of those named. argparse.Namespace, which LlamaGen's files
     hold beside the weights, is the one type allowed besides tensors and plain data.
     """
     import argparse
@@ -82,8 +84,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
-    for name in ("model", "module", "state_dict"):
+        reason = str(error).splitlines()[0]
+        if held := re.search(r"GLOBAL (\S+)", str(error)):  # a type that only unpickling would bring back
+            reason = f"it holds a {held[1]}; where you trust the file, load it with weights_only=False and save the tensors alone"
+        raise CheckpointError(f"{path} cannot be read as plain weights: {reason}") from None
+    for name in containers:
         if isinstance(data, dict) and isinstance(data.get(name), dict):
             data = data[name]
     if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):

@@ -182,10 +182,12 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     {
         "vq": "tokgen.quantizers.vq:VQ",
         "simvq": "tokgen.quantizers.simvq:SimVQ",
+        "ibq": "tokgen.quantizers.ibq:IBQ",
         "fsq": "tokgen.quantizers.fsq:FSQ",
         "lfq": "tokgen.quantizers.lfq:LFQ",
         "bsq": "tokgen.quantizers.lfq:BSQ",
         "residual-vq": "tokgen.quantizers.residual:ResidualVQ",
+        "dual-vq": "tokgen.quantizers.dual:DualVQ",
     },
 )
 

@@ -27,7 +27,7 @@ from tokgen.quantizers.base import (
 )
 from tokgen.quantizers.search import nearest
 
-ENTROPY_CHUNK = 1 << 21  # entries of one block of code probabilities (8 MiB)
+ENTROPY_CHUNK = 1 << 21  # entries of one block of code probabilities (8 MiB), at least
 KMEANS_VECTORS = 256  # vectors per code that the k-means start looks at, at most
 
 
@@ -336,58 +336,71 @@ def kmeans(y: Tensor, k: int, generator: torch.Generator, metric: str = "l2", it
     return centers
 
 
-def assignment_entropies(y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(mean of H(p_i), H(mean of p_i)) in nats, p_i = softmax(-|y_i - codes|^2 / temperature); y (n, d), codes (K, d).
+def assignment_entropies(y: Tensor, codes: Tensor, temperature: float, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """(mean of H(p_i), H(mean of p_i)) in nats; y fp32 (n, d), codes fp32 (K, d).
 
-    The probabilities are computed in chunks of rows, in backward once more: at most a few blocks of ENTROPY_CHUNK exist
-    at a time. Differentiable once.
+    p_i = softmax(-|y_i - codes|^2 / temperature), or with metric "dot" softmax(y_i . codes / temperature). The
+    probabilities are computed in chunks of rows (`row_chunks`), in backward once more: a few blocks exist at a time.
+    Differentiable once.
     """
-    return _AssignmentEntropies.apply(y, codes, temperature)
+    return _AssignmentEntropies.apply(y, codes, temperature, metric)
 
 
 class _AssignmentEntropies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, y: Tensor, codes: Tensor, temperature: float, metric: str) -> tuple[Tensor, Tensor]:
         n = max(len(y), 1)
         each, mean = y.new_zeros(()), y.new_zeros(len(codes))
-        for chunk in _entropy_chunks(y, codes):
-            log_p = _log_assignment(chunk, codes, temperature)
-            p = log_p.exp()
+        for chunk in row_chunks(y, codes):
+            logits, p = _assignment(chunk, codes, temperature, metric)
             mean += p.sum(0)
-            each -= log_p.mul_(p).sum()
+            # H(p) = log Z - <p, logits>, and the largest p is 1 / Z
+            each -= p.amax(1).log().sum() + logits.mul_(p).sum()
         mean /= n
         ctx.save_for_backward(y, codes, mean)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.metric = temperature, metric
         # 1e-5 inside the logarithm as published: codes of probability 0 get a finite gradient
         return each / n, -(mean * (mean + 1e-5).log()).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_each: Tensor, of_mean: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, of_each: Tensor, of_mean: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y, codes, mean = ctx.saved_tensors
-        # d H(mean) / d mean_k
-        slope = -((mean + 1e-5).log() + mean / (mean + 1e-5))  # (K,)
-        grad_y, grad_codes = [], torch.zeros_like(codes)
-        for chunk in _entropy_chunks(y, codes):
-            log_p = _log_assignment(chunk, codes, ctx.temperature)
-            p = log_p.exp()
-            # with respect to the logits: of_each * dH(p_i) + of_mean * dH(mean), both of the form p (v - p.v)
-            v = log_p.mul_(-of_each).add_(of_mean * slope)
-            grad = v.sub_((p * v).sum(1, keepdim=True)).mul_(p)  # (n, K); rows sum to 0
-            grad_y.append(grad @ codes)
-            grad_codes += grad.T @ chunk - codes * grad.sum(0)[:, None]
-        scale = 2 / (ctx.temperature * max(len(y), 1))
-        return torch.cat(grad_y) * scale if grad_y else torch.zeros_like(y), grad_codes * scale, None
+        grad_y, grad_codes = torch.empty_like(y), torch.zeros_like(codes)
+        scale = (1 if ctx.metric == "dot" else 2) / (ctx.temperature * max(len(y), 1))
+        with torch.autocast(y.device.type, enabled=False):  # backward may be called under the trainer's
+            # d H(mean) / d mean_k
+            slope = -((mean + 1e-5).log() + mean / (mean + 1e-5))  # (K,)
+            for chunk, into in zip(row_chunks(y, codes), row_chunks(grad_y, codes)):
+                logits, p = _assignment(chunk, codes, ctx.temperature, ctx.metric)
+                # with respect to the logits: of_each * dH(p_i) + of_mean * dH(mean), both of the form p (v - p.v)
+                v = logits.mul_(-of_each).add_(of_mean * slope)
+                grad = v.sub_((p * v).sum(1, keepdim=True)).mul_(p)  # (n, K); rows sum to 0
+                torch.mm(grad, codes, out=into)
+                grad_codes.addmm_(grad.T, chunk)
+                if ctx.metric != "dot":
+                    grad_codes.addcmul_(codes, grad.sum(0)[:, None], value=-1)
+        return grad_y.mul_(scale), grad_codes.mul_(scale), None, None
 
 
-def _entropy_chunks(y: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-    return y.split(max(1, ENTROPY_CHUNK // len(codes))) if len(y) else ()
+def row_chunks(y: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+    """y (n, d) in views of some rows each, whose probabilities over codes (K, d) may be held at once.
+
+    A block has ENTROPY_CHUNK entries, or a quarter of the codebook's if that is more: thin products are slow, and a
+    codebook in training exists four times over.
+    """
+    return y.split(max(1, ENTROPY_CHUNK // len(codes), codes.shape[1] // 4)) if len(y) else ()
 
 
-def _log_assignment(y: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """log p (n, K)."""
-    norms = y.square().sum(1, keepdim=True) + codes.square().sum(1)  # (n, K)
-    return norms.addmm_(y, codes.T, alpha=-2).div_(-temperature).log_softmax(-1)
+def _assignment(y: Tensor, codes: Tensor, temperature: float, metric: str) -> tuple[Tensor, Tensor]:
+    """(logits less the largest of each row, p), (n, K) each."""
+    if metric == "dot":
+        logits = (y @ codes.T).div_(temperature)
+    else:
+        norms = y.square().sum(1, keepdim=True) + codes.square().sum(1)  # (n, K)
+        logits = norms.addmm_(y, codes.T, alpha=-2).div_(-temperature)
+    logits.sub_(logits.amax(1, keepdim=True))
+    return logits, logits.softmax(-1)
 
 
 def rotate_to(y: Tensor, codes: Tensor) -> Tensor:

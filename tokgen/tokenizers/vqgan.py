@@ -1,7 +1,8 @@
 """VQGAN tokenizer in LlamaGen's form (arXiv 2406.06525, section 3.1): the baseline the other systems build on.
 
 A convolutional encoder, one codebook, a convolutional decoder. `VQGANConfig()` is VQ-16, `VQGANConfig.vq8()` VQ-8; their
-published weights load through `tokgen.importers.llamagen`.
+published weights load through `tokgen.importers.llamagen`. `VQGANConfig.ibq()` is IBQ's tokenizer, and Emu3.5's, whose
+weights load through `tokgen.importers.ibq`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,17 @@ class VQGANConfig:
     def vq8(cls) -> VQGANConfig:
         """LlamaGen's VQ-8: 70.1 M parameters, 8 x 8 pixels a token."""
         return cls(channel_mult=(1, 2, 2, 4))
+
+    @classmethod
+    def ibq(cls, codebook_size: int = 131072, channels: int = 128) -> VQGANConfig:
+        """IBQ's tokenizer (arXiv 2412.02692, sec. 4.1): the same network, deeper, with codes of 256 channels.
+
+        Args:
+            codebook_size: 131,072 is ETT's (arXiv 2505.10562), 140.3 M parameters; IBQ has 1,024 to 262,144.
+            channels: 256 gives the 455 M parameters of Emu3.5's vision tokenizer.
+        """
+        quantizer = {"type": "ibq", "codebook_size": codebook_size}
+        return cls(channels, num_res_blocks=4, code_dim=256, quantizer=quantizer)
 
 
 class VQGAN(VisualTokenizer):
@@ -162,6 +174,7 @@ class VQGAN(VisualTokenizer):
         return {
             "cosine": VQGANConfig(**small, quantizer={**vq, "metric": "cosine"}),
             "ema-patch": VQGANConfig(**{**small, "patch": 4}, quantizer={**vq, "update": "ema"}),
+            "ibq": VQGANConfig(**small, quantizer={"type": "ibq", "codebook_size": 64}),
             "simvq": VQGANConfig(**small, quantizer={"type": "simvq", "codebook_size": 64}),
             "fsq": VQGANConfig(**small, quantizer={"type": "fsq", "levels": [8, 5, 5]}),
             "lfq": VQGANConfig(**small, quantizer={"type": "lfq", "bits": 8}),
