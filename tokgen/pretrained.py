@@ -132,8 +132,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / CONFIG} cannot be read as JSON: {error}") from None
 
 
-def read_weights(folder: Path, module: nn.Module) -> None:
-    """Load `model.safetensors` into `module`, strictly. Raises CheckpointError that names the keys that do not fit."""
+def read_weights(folder: Path, module: nn.Module, without: Sequence[str] = ()) -> None:
+    """Load `model.safetensors` into `module`, strictly. Raises CheckpointError that names the keys that do not fit.
+
+    Args:
+        without: names of submodules that stay as they are, whatever the file has of them.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -144,6 +148,10 @@ def read_weights(folder: Path, module: nn.Module) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy it again") from None
+    left_out = tuple(f"{name}." for name in without)
+    if left_out:
+        state = {key: value for key, value in state.items() if not key.startswith(left_out)}
+        state |= {key: value for key, value in module.state_dict().items() if key.startswith(left_out)}
     load_strictly(module, state, str(path))
 
 

@@ -20,6 +20,7 @@ from tokgen.pretrained import CONFIG, Pretrained, Registry, config_from_dict, fi
 ENCODERS: Registry[ImageEncoder] = Registry(
     "encoder",
     {
+        "clip": "tokgen.encoders.clip:ClipViT",
         "contrastive": "tokgen.encoders.contrastive:ContrastiveEncoder",
         "eva": "tokgen.encoders.eva:EvaViT",
     },

@@ -6,6 +6,9 @@ without renaming. Attention goes through `scaled_dot_product_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,16 +85,29 @@ class CrossAttention(nn.Module):
         return self.proj(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
 
-class MLP(nn.Module):
-    """fc2(gelu(fc1 x)), both with bias."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, dim: int, hidden: int) -> None:
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1 x)), both with bias; `activation` one of `ACTIVATIONS`."""
+
+    def __init__(self, dim: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -101,12 +117,15 @@ class Block(nn.Module):
         dim, heads, hidden: width, heads, width inside the MLP.
         eps: of the norms.
         bias: see `SelfAttention`.
+        activation: see `MLP`.
     """
 
-    def __init__(self, dim: int, heads: int, hidden: int, eps: float = 1e-6, bias: str = "all") -> None:
+    def __init__(
+        self, dim: int, heads: int, hidden: int, eps: float = 1e-6, bias: str = "all", activation: str = "gelu"
+    ) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps), SelfAttention(dim, heads, bias)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, hidden)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps), MLP(dim, hidden, activation)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         x = x + self.attn(self.norm1(x), mask, causal)
@@ -132,3 +151,18 @@ class CrossBlock(nn.Module):
         x = x + self.self_attn(self.norm0(x))
         x = x + self.cross_attn(self.norm1(x), context, mask)
         return x + self.mlp(self.norm2(x))
+
+
+def resized_positions(positions: Tensor, side: int) -> Tensor:
+    """Learned positions (..., n * n, C) for a grid of side x side, bicubic, as DINO's code does it.
+
+    The scale is given as (side + 0.1) / n instead of the size, which moves the sampled places a little: networks that were
+    run this way need it. fp32 under any autocast.
+    """
+    n = round(positions.shape[-2] ** 0.5)
+    if n == side:
+        return positions
+    with torch.autocast(positions.device.type, enabled=False):
+        grid = positions.float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(*positions.shape[:-2], side * side, -1).to(positions.dtype)
