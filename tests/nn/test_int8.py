@@ -35,6 +35,14 @@ def test_the_product_is_that_of_the_rounded_matrix(rows):
     assert layer(x.view(1, rows, 64)).shape == (1, rows, 48)
 
 
+@pytest.mark.parametrize("width", [8, 18, 24, 40])
+def test_widths_that_are_no_whole_vectors(width):
+    torch.manual_seed(0)
+    packed, x = Int8Weight.of(torch.randn(12, width)), torch.randn(3, width).bfloat16()
+    exact = x.float() @ (packed.values * packed.scale.float()[:, None]).T
+    torch.testing.assert_close(packed.linear(x).float(), exact, rtol=2e-2, atol=5e-2)
+
+
 def test_slices_are_of_rows():
     packed, x = Int8Weight.of(torch.randn(10, 16)), torch.randn(2, 16)
     torch.testing.assert_close(packed[3:7].linear(x), packed.linear(x)[:, 3:7])

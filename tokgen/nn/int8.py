@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 8  # up to here the CPU kernel beats unpacking the weights first
+WHOLE = 32  # the CPU kernel reads past the end of rows that are not whole vectors: a width must be a multiple of this
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Int8Weight:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., K) times the transposed matrix, plus the bias: (..., N), in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16()  # (M, K)
-        if x.device.type == "cpu" and len(rows) <= FEW_ROWS:
+        if x.device.type == "cpu" and len(rows) <= FEW_ROWS and rows.shape[1] % WHOLE == 0:
             out = torch.ops.aten._weight_int8pack_mm(rows, self.values, self.scale)
         else:
             out = F.linear(rows, self.values.to(rows.dtype)) * self.scale
