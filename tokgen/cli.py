@@ -242,6 +242,8 @@ def decode(
         raise InputError(f"--{next(iter(given))} is for a diffusion pipeline; give --pipeline too, or leave it out")
     else:
         pixels = tokenizer.decode(loaded)
+    if pixels.ndim == 5:
+        pixels = pixels.flatten(0, 1)  # the frames of clips, one after the other
     write_png(pixels[0] if len(pixels) == 1 else image_grid(pixels, columns), out, settings)
     print(f"{len(pixels)} image(s) of {pixels.shape[-2]} x {pixels.shape[-1]} decoded to {out}")
 
@@ -258,6 +260,8 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    negative_prompt: str | None = None,
+    passes: list[tuple[float, float]] | None = None,
     scale: int = 1,
     precision: Literal["float32", "bfloat16", "int8"] = "float32",
     speculative: int = 1,
@@ -278,6 +282,9 @@ def sample(
         top_k: draw among the k likeliest codes (0: all).
         top_p: draw among the likeliest codes that make up this probability (1: all).
         min_p: drop codes less likely than this share of the likeliest (0: none).
+        negative_prompt: what guidance leads away from; without it the empty prompt.
+        passes: of generators that draw scale by scale: top_k and top_p of each further pass over a scale, such as
+            "[[100, 0.8], [1, 1.0]]".
         scale: enlarge the pictures by this whole number when writing.
         precision: of the generator; int8 keeps weights in 8 bits and is the fastest for few pictures.
         speculative: let an int8 copy guess this many steps ahead, checked by the generator in one call: the same
@@ -294,7 +301,7 @@ def sample(
     count = len(prompts) * num_images_per_prompt
     given = {
         "guidance_scale": guidance_scale, "schedule": guidance_schedule, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "negative_prompt": negative_prompt, "passes": passes,
     }  # fmt: skip
     result = pipeline(
         prompts,
@@ -355,7 +362,19 @@ def check(target: str) -> None:
 
 
 def convert(
-    family: Literal["llamagen-vq", "llamagen-gpt", "eva", "seed", "lavit", "video-lavit-motion"],
+    family: Literal[
+        "llamagen-vq",
+        "llamagen-gpt",
+        "ibq",
+        "eva",
+        "clip",
+        "seed",
+        "lavit",
+        "video-lavit-motion",
+        "emu3",
+        "tokenflow",
+        "tokenflow-t2i",
+    ],
     checkpoint: str,
     out: str,
     tokenizer: str | None = None,
@@ -363,62 +382,86 @@ def convert(
     heads: int | None = None,
     text_encoder: str | None = None,
     class_names: str | None = None,
-    form: Literal["seed", "lavit"] | None = None,
+    form: Literal["seed", "lavit", "clip", "siglip", "tokenflow"] | None = None,
     vit: str | None = None,
     decoder: str | None = None,
     visual_weight: str | None = None,
     text: str | None = None,
+    ema: bool | None = None,
+    l2_normalize: bool | None = None,
+    resolution: int | None = None,
 ) -> None:
     """Turn a published checkpoint into a model folder, strictly: every tensor is mapped or named as ignored.
 
     Args:
         family: which published layout it has.
         checkpoint: the downloaded file, such as seed_quantizer.pt of seed, tokenizer_encoder.bin of lavit,
-            motion_tokenizer.bin of video-lavit-motion, eva_vit_g.pth or eva_vitg_psz14.bin of eva.
+            motion_tokenizer.bin of video-lavit-motion, eva_vit_g.pth or eva_vitg_psz14.bin of eva; of emu3 also a folder,
+            of tokenflow-t2i always.
         out: folder to write.
-        tokenizer: of a generator: folder of the tokenizer whose codes it draws (converted before), which is recorded.
+        tokenizer: of a generator: folder of the tokenizer whose codes it draws (converted before), which is recorded;
+            tokenflow-t2i reads its code vectors.
         grid: of llamagen-gpt: side of the square of codes, such as 24; taken from published file names without it.
-        heads: of llamagen-gpt, lavit and video-lavit-motion: attention heads, for sizes that were not published.
+        heads: of llamagen-gpt, clip, lavit and video-lavit-motion: attention heads, for sizes that were not published.
         text_encoder: of llamagen-gpt by text: Hub name or folder of the T5; the published one without it.
         class_names: of llamagen-gpt by class: text file of names, one in a line; numbers without it.
-        form: of eva: whose vision tower it is.
+        form: of eva: whose vision tower it is (seed, lavit). Of clip: "clip", with its projection, as a teacher; "siglip", its states
+            before the last block; "tokenflow", CLIP as TokenFlow's encoder begins, on pixels in [-1, 1].
         vit: of seed and lavit: file of the vision tower, eva_vit_g.pth or eva_vitg_psz14.bin.
         decoder: of lavit: tokenizer_decoder.bin or highres_tokenizer_decoder.bin.
         visual_weight: of lavit: visual_weight.bin, the features that its language model reads; left out without it.
-        text: of seed with its text side: Hub name or folder of BERT's vocabulary.
+        text: Hub name or folder of a text vocabulary: BERT's of seed with its text side, Llama-2's of tokenflow-t2i.
+        ema: of ibq: false takes the weights themselves, not their moving average; the average if there is one without it.
+        l2_normalize: of ibq: true where vectors and codes are normalised, which the tensors do not tell.
+        resolution: of tokenflow B: 256 to interpolate its positions; the size it was trained for without it.
     """
     from tokgen.generators.base import Generator
+    from tokgen.importers.clip import load_clip
+    from tokgen.importers.emu3 import load_emu3
     from tokgen.importers.eva import load_eva
+    from tokgen.importers.ibq import load_ibq
     from tokgen.importers.lavit import load_lavit
     from tokgen.importers.llamagen import load_vq
     from tokgen.importers.llamagen_gpt import load_gpt
     from tokgen.importers.seed import load_seed
+    from tokgen.importers.tokenflow import load_tokenflow
+    from tokgen.importers.tokenflow_t2i import load_t2i
     from tokgen.importers.video_lavit import load_motion_tokenizer
 
     loaders: dict[str, Callable[..., Any]] = {
         "llamagen-vq": load_vq,
         "llamagen-gpt": load_gpt,
+        "ibq": load_ibq,
         "eva": load_eva,
+        "clip": load_clip,
         "seed": load_seed,
         "lavit": lambda path, vit, decoder, visual_weight=None, heads=None: load_lavit(
             vit, path, decoder, visual_weight, heads
         ),
         "video-lavit-motion": load_motion_tokenizer,
+        "emu3": load_emu3,
+        "tokenflow": load_tokenflow,
+        "tokenflow-t2i": load_t2i,
     }
     loader, options = loaders[family], {"grid": grid, "heads": heads, "text_encoder": text_encoder}
     options |= {"class_names": class_names, "form": form, "vit": vit, "decoder": decoder}
-    options |= {"visual_weight": visual_weight, "text": text}
+    options |= {"visual_weight": visual_weight, "text": text, "ema": ema, "l2_normalize": l2_normalize}
+    options |= {"resolution": resolution}
     options = {name: value for name, value in options.items() if value is not None}
     wanted = dict(list(inspect.signature(loader).parameters.items())[1:])  # beside the checkpoint
     for name in options:
         if name not in wanted:
             raise InputError(f"--{name} says nothing about {family}; leave it out")
+    if tokenizer is not None and "tokenizer" in wanted:
+        options["tokenizer"] = tokenizer
     for name, parameter in wanted.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
             raise InputError(f"{family} also needs --{name}; `tokgen convert --help` says what it is")
     if tokenizer is not None and not Path(tokenizer).is_dir():
-        raise InputError(f"no tokenizer folder at {tokenizer}; make it with tokgen convert llamagen-vq")
+        raise InputError(f"no tokenizer folder at {tokenizer}; make it with tokgen convert")
     visual = None if tokenizer is None else _load(tokenizer, "tokenizer", "cpu")
+    if "tokenizer" in options:
+        options["tokenizer"] = visual
     module, report = loader(checkpoint, **options)
     if visual is not None:
         if not isinstance(module, Generator):
@@ -465,7 +508,7 @@ def _what(module: Any) -> str:
 
 
 def _need_pictures(tokenizer: Any, model: str) -> None:
-    if tokenizer.modality != "pixels" or tokenizer.ndim != 4:
+    if tokenizer.modality != "pixels" or 4 not in tokenizer.ndims:
         raise InputError(
             f"{model} is a {tokenizer.type_name}, whose tokens stand for {tokenizer.modality} and not for pictures; use it in "
             "Python, as its card shows"

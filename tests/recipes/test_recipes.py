@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from tokgen.generators.llama import LlamaConfig, LlamaGenerator
+from tokgen.generators.base import GENERATORS, Generator
+from tokgen.training.end_to_end import PARTS
 from tokgen.training.lightning_cli import TokgenLightningCLI
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,8 +70,12 @@ def test_the_shipped_teacher_is_that_of_its_recipe():
 # parameters at paper size; what these recipes add to the publication, beside the encoder that comes from a folder
 TOKENIZER_SIZES = {
     "vqgan": (71_883_403, ()),
+    "ibq": (140_342_147, ()),
+    "ett": (140_342_147, ()),
+    "emu3": (270_740_287, ("quantizer",)),
     "seed": (1_307_888_321, ("pixel_decoder", "text_vocab", "text_end")),
     "lavit": (1_819_112_450, ()),
+    "tokenflow": (181_902_251, ("semantic_encoder",)),
     "video-lavit-motion": (158_443_554, ()),
 }
 
@@ -82,13 +87,14 @@ def test_tokenizer_recipe_builds(recipe):
     cls = getattr(importlib.import_module(module), name)
     arguments = settings["init_args"]["config"]
     if recipe.stem in TOKENIZER_SIZES:
-        arguments.pop("encoder", None)  # published weights; the default is that network
+        for name in ("encoder", "semantic_encoder"):
+            arguments.pop(name, None)  # published weights; the default is that network
     with torch.device("meta"):
         tokenizer = cls(cls.config_class(**arguments))
     if recipe.stem in TOKENIZER_SIZES:
         parameters, added = TOKENIZER_SIZES[recipe.stem]
         assert sum(p.numel() for p in tokenizer.parameters()) == parameters
-        default = cls.config_class()
+        default = cls.config_class.ibq() if recipe.stem in ("ibq", "ett") else cls.config_class()
         assert {k for k, v in vars(tokenizer.config).items() if v != getattr(default, k)} <= {*added, "encoder"}
 
 
@@ -104,15 +110,18 @@ SIZES = {
 }
 
 
-def build(recipe: Path) -> LlamaGenerator:
+def build(recipe: Path) -> Generator:
     """The recipe's generator without memory, with classes and text encoder as the paper has them."""
     side = SIZES.get(recipe.stem, (8,))[0]
     arguments = yaml.safe_load(recipe.read_text())["model"]["init_args"]
     vocabulary = arguments.get("text", {}).get("vocab_size", 128_256)
     layout = {"kind": "Grid", "h": side, "w": side}
+    if arguments["generator"] == "tokenflow-t2i":
+        layout = {"kind": "Scales", "sizes": [2**i for i in range(side.bit_length())]}
+    cls = GENERATORS[arguments["generator"]]
     with torch.device("meta"):
-        return LlamaGenerator(
-            LlamaConfig(layout=layout, codebook_sizes=(16384,), text_vocab=vocabulary, **arguments["config"])
+        return cls(
+            cls.config_class(layout=layout, codebook_sizes=(16384,), text_vocab=vocabulary, **arguments["config"])
         )
 
 
@@ -159,3 +168,24 @@ def test_each_variant_of_arra_has_its_start():
     assert "config" not in adapt  # the generator is trained on as it is
     for arguments in (base, lm, adapt):
         assert (arguments["alignment"]["block"], arguments["alignment"]["weight"]) == (1, 1.0)
+
+
+@pytest.mark.parametrize("size", ["", "-tiny"])
+def test_ett_tunes_the_tokenizer_of_ibq(size):
+    """Of the same configuration and with the same loss; the projector comes first, and the frozen tokenizer has no say."""
+    ett, ibq = (arguments_of(ROOT / f"tokenizers/{name}{size}.yaml") for name in ("ett", "ibq"))
+    assert ett["tokenizer"] == ibq["tokenizer"] and ett["loss"] == ibq["loss"]
+    assert ett["init_from"] == f"runs/ibq{size}/tokenizer"  # where that recipe's run publishes
+    first, second = ett["stages"]
+    assert "tokenizer" not in first["train"]
+    assert set(second.get("train", PARTS)) == set(PARTS) and second["alpha"] == 0.25
+
+
+def test_the_tiny_language_model_of_ett_is_small():
+    arguments = arguments_of(ROOT / "tokenizers/ett-tiny.yaml")
+    layout = {"kind": "Grid", "h": 8, "w": 8}
+    facts = {"code_dim": 32, "text_vocab": arguments["text"]["vocab_size"], "max_text": arguments["max_text"]}
+    cls = GENERATORS["llama"]
+    with torch.device("meta"):
+        model = cls(cls.config_class(layout, (1024,), **facts, **arguments["language_model"]))
+    assert 2e6 < sum(p.numel() for p in model.parameters()) < 5e6

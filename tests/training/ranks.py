@@ -109,6 +109,36 @@ def staged(name: str, world: int, folder: Path, out: Path) -> None:
         torch.save({"weights": module.state_dict(), "rows": rows}, out / f"{name}{world}.pt")
 
 
+def end_to_end(world: int, folder: Path, out: Path) -> None:
+    """A tokenizer tuned by a language model: the projector first, then all parts; each rank has a half of the batch."""
+    from tokgen.training.autoencoder import AutoencoderLoss
+    from tokgen.training.end_to_end import EndToEndModule, TuningStage
+
+    sgd = lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)  # noqa: E731
+    terms = {"perceptual": "none", "disc_channels": 8, "disc_layers": 1, "disc_norm": "group", "disc_start": 0}
+    torch.manual_seed(0)
+    module, record = EndToEndModule(
+        # entropies of halves of a batch are not those of the whole
+        tiny.tokenizer({"type": "ibq", "codebook_size": 32, "entropy_weight": 0.0}),
+        [TuningStage("alignment", 2, train=("projector", "lm")), TuningStage("semantic", 3)],
+        {"dim": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 16}, tiny.Text(vocab_size=290), max_text=16,
+        loss=AutoencoderLoss(**terms), optimizer=sgd, disc_optimizer=sgd,
+    ), tiny.Record()  # fmt: skip
+    trainer = tiny.trainer(
+        out / f"end_to_end{world}", Checkpoint(), record, devices=world, strategy="auto" if world == 1 else "ddp",
+        max_steps=5, val_check_interval=2,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=FixedPictures(folder, world))
+    flat = torch.cat([v.detach().double().flatten() for v in module.state_dict().values()])
+    if world > 1:
+        both = [torch.zeros_like(flat) for _ in range(world)]
+        torch.distributed.all_gather(both, flat)
+        assert torch.equal(both[0], both[1]), "ranks differ"
+    if trainer.is_global_zero:
+        rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in record.rows]
+        torch.save({"weights": module.state_dict(), "rows": rows}, out / f"end_to_end{world}.pt")
+
+
 class FixedPictures(tiny.ShardsDataModule):
     """8 pictures a step in the order of the shards, whatever the number of processes."""
 
@@ -146,6 +176,5 @@ class FixedBatches(tiny.ShardsDataModule):
 if __name__ == "__main__":
     torch.manual_seed(0)
     kind, world, folder, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    {"autoencoder": autoencoder, "generator": generator, "aligned": aligned}.get(kind, partial(staged, kind))(
-        world, folder, out
-    )
+    kinds = {"autoencoder": autoencoder, "generator": generator, "aligned": aligned, "end_to_end": end_to_end}
+    kinds.get(kind, partial(staged, kind))(world, folder, out)

@@ -19,10 +19,16 @@ from tokgen.tokens import Layout, Tokens
 
 if TYPE_CHECKING:
     from tokgen.generators.decoding import SamplingReport
-    from tokgen.generators.sampling import Seeds
+    from tokgen.generators.sampling import SamplingSettings, Seeds
     from tokgen.tokenizers.base import VisualTokenizer
 
-GENERATORS: Registry[Generator] = Registry("generator", {"llama": "tokgen.generators.llama:LlamaGenerator"})
+GENERATORS: Registry[Generator] = Registry(
+    "generator",
+    {
+        "llama": "tokgen.generators.llama:LlamaGenerator",
+        "tokenflow-t2i": "tokgen.generators.tokenflow:TokenFlowGenerator",
+    },
+)
 
 
 @dataclass
@@ -180,6 +186,8 @@ class Generator(Pretrained):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        negative_prompt: str | None = None,
+        passes: Sequence[tuple[int, float]] | None = None,
         generator: Seeds = None,
         given: Tokens | None = None,
         keep: Tensor | None = None,
@@ -211,7 +219,7 @@ class Generator(Pretrained):
             InputError: no prompts, or seeds or given tokens that do not match them. ConfigError: a setting out of range.
             TokenizerMismatch: the given tokens are another tokenizer's.
         """
-        from tokgen.generators import decoding, sampling
+        from tokgen.generators import sampling
 
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("prompts must be a list of at least one string; wrap a single prompt as [prompt]")
@@ -224,20 +232,27 @@ class Generator(Pretrained):
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
+            "negative_prompt": negative_prompt,
+            "passes": passes,
         }
         settings = sampling.SamplingSettings.of(
             {**self.generation, **{name: value for name, value in chosen.items() if value is not None}}
         )
         seeds = sampling.seeds_of(generator, len(prompts))
+        other = [settings.negative_prompt] if settings.negative_prompt and settings.guidance_scale != 1 else []
         # One prompt length for all calls keeps the compiled step's shapes static.
-        prompt, mask = self.encode_prompts(prompts, pad_to=self.max_text if compile else None)
+        prompt, mask = self.encode_prompts([*prompts, *other], pad_to=self.max_text if compile else None)
+        unconditional = None
+        if other:
+            unconditional = prompt[-1:].expand_as(prompt[:-1]), mask[-1:].expand_as(mask[:-1])
+            prompt, mask = prompt[:-1], mask[:-1]
         stays = None if given is None else self._given(given, keep, len(prompts))
-        ids, report = decoding.generate(
-            self,
+        ids, report = self.draw(
             prompt,
             mask,
             settings,
             seeds,
+            unconditional=unconditional,
             given=stays,
             speculative=speculative,
             draft=draft,
@@ -246,6 +261,24 @@ class Generator(Pretrained):
         )
         ids = ids if len(self.codebook_sizes) > 1 else ids[..., 0]
         return Tokens(ids, self.layout, self.codebook_sizes, tokenizer=self.tokenizer_fingerprint), report
+
+    def draw(
+        self, prompt: Tensor, prompt_mask: Tensor, settings: SamplingSettings, seeds: Sequence[int], **how: Any
+    ) -> tuple[Tensor, SamplingReport]:
+        """The loop behind `sample`, on the condition's tensors: see `decoding.generate`, whose keywords `how` are.
+
+        Returns:
+            ids int64 (B, N, C) in the layout's order, and what was done.
+        """
+        from tokgen.generators import decoding
+
+        if settings.passes:
+            raise ConfigError(f"passes={settings.passes} are of generators that draw scale by scale; leave them out")
+        return decoding.generate(self, prompt, prompt_mask, settings, seeds, **how)
+
+    def int8(self) -> Generator:
+        """A copy with int8 weights, to draw with. Raises ConfigError for a generator that has none."""
+        raise ConfigError(f"{type(self).__name__} has no int8 form; use float32 or bfloat16")
 
     def _given(self, given: Tokens, keep: Tensor | None, images: int) -> tuple[Tensor, Tensor]:
         """Given ids as (B, N, C) and which of them stay, on the CPU."""

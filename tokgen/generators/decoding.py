@@ -36,6 +36,7 @@ from tokgen.nn.attention import KVCache, prefix_attention
 from tokgen.tokens import Grid
 
 if TYPE_CHECKING:
+    from tokgen.generators.base import Generator
     from tokgen.generators.llama import Head, LlamaGenerator
 
 DRAW = -1  # in `fixed`: this id is drawn, not given
@@ -208,6 +209,7 @@ def generate(
     settings: SamplingSettings,
     seeds: Sequence[int],
     *,
+    unconditional: tuple[Tensor, Tensor] | None = None,
     given: tuple[Tensor, Tensor] | None = None,
     speculative: int = 1,
     draft: LlamaGenerator | None = None,
@@ -219,6 +221,7 @@ def generate(
     Args:
         prompt, prompt_mask: the condition's tensors, B rows.
         seeds: B of them.
+        unconditional: the other prompt of guidance, of the shapes of the first; None is the condition's own.
         given: ids (B, N, C) and which of them stay, bool (B, N, C); the others are drawn, each given those before it in
             decoding order, drawn or not. Steps that all images have from the start cost one call together.
         speculative: steps W of a block; 1 decodes step by step. A batch advances by the fewest steps that any of its images
@@ -238,7 +241,9 @@ def generate(
     training = model.training
     model.eval()  # no dropout; as it was afterwards
     try:
-        return _generate(model, prompt, prompt_mask, settings, seeds, given, speculative, draft, compile, progress)
+        return _generate(
+            model, prompt, prompt_mask, settings, seeds, unconditional, given, speculative, draft, compile, progress
+        )
     finally:
         model.train(training)
 
@@ -249,6 +254,7 @@ def _generate(
     prompt_mask: Tensor,
     settings: SamplingSettings,
     seeds: Sequence[int],
+    unconditional: tuple[Tensor, Tensor] | None,
     given: tuple[Tensor, Tensor] | None,
     speculative: int,
     draft: LlamaGenerator | None,
@@ -259,9 +265,8 @@ def _generate(
     start = time.perf_counter()
     prompt, prompt_mask = prompt.to(device), prompt_mask.to(device)
     guided = settings.guidance_scale != 1
-    if guided:  # conditional rows, then unconditional ones
-        pairs = zip((prompt, prompt_mask), model.condition.null(prompt, prompt_mask))
-        prompt, prompt_mask = (torch.cat(pair) for pair in pairs)
+    if guided:
+        prompt, prompt_mask = with_unconditional(model, prompt, prompt_mask, unconditional)
     weights = guidance_weights(settings, model.steps).to(device) if guided else None
     noise = _StepNoise(model, seeds, device) if settings.temperature > 0 else None
 
@@ -283,11 +288,11 @@ def _generate(
         guesser.prefill(out, done - 1, noise, weights, fixed, settings)
     drafted = done  # steps below this were drawn by the draft, or are final, and their inputs are in its cache
     guessed = done  # steps below this hold an id: final, given or guessed
-    _synchronise(device)
+    synchronise(device)
     prefilled = time.perf_counter()
 
     width = max(min(speculative, model.steps - first), 1)
-    with _bar(model.steps - first, progress) as advance:
+    with progress_bar(model.steps - first, progress) as advance:
         while done < model.steps:
             low = min(done, model.steps - width)  # at the end the block reaches back, so that its width stays
             if noise is not None:
@@ -308,7 +313,7 @@ def _generate(
             done += accepted
             drafted = min(low + width - 1, done)
             advance(accepted)
-    _synchronise(device)
+    synchronise(device)
     report = SamplingReport(
         settings=settings,
         seeds=tuple(seeds),
@@ -322,6 +327,14 @@ def _generate(
         compiled=compile,
     )
     return from_windows(out, model.order, codebooks), report
+
+
+def with_unconditional(
+    model: Generator, prompt: Tensor, prompt_mask: Tensor, other: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """The rows of a prompt and after them as many that guidance leads away from, `other` or the condition's own."""
+    other = model.condition.null(prompt, prompt_mask) if other is None else other
+    return torch.cat([prompt, other[0].to(prompt.device)]), torch.cat([prompt_mask, other[1].to(prompt.device)])
 
 
 class _Run:
@@ -457,12 +470,12 @@ def _guess(model: LlamaGenerator, out: Tensor, fixed: Tensor | None, start: int,
     return max(start, stop)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class _bar:
+class progress_bar:
     """A progress bar over steps, or nothing; as a context it gives the function that advances it."""
 
     def __init__(self, steps: int, shown: bool) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from tokgen.errors import ConfigError, InputError
 from tokgen.generators.base import Generator, GeneratorOutput
+from tokgen.generators.code_vectors import CodeVectors
 from tokgen.generators.conditions import ClassCondition, FeatureCondition, Prompts, TextCondition
 from tokgen.generators.token_shuffle import (
     TokenShuffle,
@@ -51,6 +52,8 @@ CHOICES = {
     "rope": ("1d", "2d"),
     "rope_prefix": ("positions", "zero"),
     "window_head": ("independent", "autoregressive"),
+    "code_embedding": ("table", "codebook"),
+    "code_head": ("linear", "codebook"),
 }
 
 
@@ -78,6 +81,7 @@ class LlamaConfig:
             then starts at (0, 0).
         rope_base: theta.
         qk_norm: normalise queries and keys per head.
+        qkv_bias: biases on queries, keys and values, as Qwen2 has them.
         norm_eps: of every RMSNorm.
         window: Token-Shuffle's s; 1 is the plain model.
         fusion_blocks: residual MLP blocks on each side when window > 1.
@@ -86,6 +90,11 @@ class LlamaConfig:
         window_head_dim, window_head_layers: of that head; a width of None means dim / window.
         rep_token: one learned vector between prefix and codes, ARRA's <REP> (Xie et al. 2025, arXiv 2503.07334, table 5);
             the first step is then predicted from it.
+        code_embedding: what a code enters with: "table", an embedding of its own, or "codebook", its vector in the
+            tokenizer's codebook through a projector. Codebook and projector are those of `CodeVectors`.
+        code_head: what predicts a code: "linear", one map to all of them, or "codebook", a map to the codebook's width and
+            the inner product with each vector. That one starts at zero, whatever the codebook's scale.
+        code_dim, code_layers: for "codebook": width of its vectors, and layers of the projector.
         token_dropout, attention_dropout, residual_dropout, ffn_dropout: on the input sequence, attention weights,
             attention output and feed-forward output.
         code_dropout: share of steps whose input is zeroed in training, so that what follows is learned from the condition
@@ -111,6 +120,7 @@ class LlamaConfig:
     rope_prefix: str = "positions"
     rope_base: float = 10_000.0
     qk_norm: bool = False
+    qkv_bias: bool = False
     norm_eps: float = 1e-5
     window: int = 1
     fusion_blocks: int = 2
@@ -118,6 +128,10 @@ class LlamaConfig:
     window_head_dim: int | None = None
     window_head_layers: int = 1
     rep_token: bool = False
+    code_embedding: str = "table"
+    code_head: str = "linear"
+    code_dim: int = 0
+    code_layers: int = 2
     token_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -130,6 +144,11 @@ class LlamaConfig:
     def feed_forward(self) -> int:
         """Width of the feed-forward."""
         return self.hidden or math.ceil(int(8 * self.dim / 3) / self.multiple_of) * self.multiple_of
+
+    @property
+    def reads_codebook(self) -> bool:
+        """Whether codes are embedded or predicted by their vectors."""
+        return "codebook" in (self.code_embedding, self.code_head)
 
     def check(self) -> None:
         """Raise ConfigError, naming the value, if sizes do not fit together."""
@@ -151,6 +170,11 @@ class LlamaConfig:
             raise ConfigError(f"dim={self.dim} is not a multiple of window^2={self.window**2}")
         if self.window_head == "autoregressive" and self.window == 1:
             raise ConfigError("window_head='autoregressive' needs a window above 1; a window of 1 has one slot")
+        if self.reads_codebook and (len(self.codebook_sizes) > 1 or self.code_dim < 1 or self.code_layers < 1):
+            raise ConfigError(
+                f"code_embedding or code_head 'codebook' needs one codebook (here {len(self.codebook_sizes)}), code_dim "
+                f"{self.code_dim} and code_layers {self.code_layers} of at least 1"
+            )
         if self.rope == "2d" and not isinstance(Layout.from_dict(self.layout), Grid):
             raise ConfigError(f"rope='2d' needs tokens on a grid, not {Layout.from_dict(self.layout)}; use '1d'")
         needed = {
@@ -205,7 +229,11 @@ class LlamaGenerator(Generator):
             "features": lambda: FeatureCondition(c.max_text, c.feature_dim, c.dim),
         }[c.condition]()
         self.rep = nn.Parameter(torch.empty(c.dim)) if c.rep_token else None
-        self.tok_embeddings = nn.Embedding(starts[-1], c.dim)
+        by_vector = c.code_embedding == "codebook"
+        self.tok_embeddings = None if by_vector else nn.Embedding(starts[-1], c.dim)
+        self.codes: CodeVectors | None = None
+        if c.reads_codebook:
+            self.codes = CodeVectors(starts[-1], c.code_dim, c.dim, c.code_layers if by_vector else 0)
         if c.window > 1:
             self.shuffle = TokenShuffle(c.dim, c.window, c.fusion_blocks, c.norm_eps)
             independent = c.window_head == "independent"
@@ -217,7 +245,14 @@ class LlamaGenerator(Generator):
         self.layers = nn.ModuleList(
             DecoderBlock(
                 Attention(
-                    c.dim, c.n_heads, c.n_kv_heads, c.qk_norm, c.norm_eps, c.attention_dropout, c.residual_dropout
+                    c.dim,
+                    c.n_heads,
+                    c.n_kv_heads,
+                    c.qk_norm,
+                    c.norm_eps,
+                    c.attention_dropout,
+                    c.residual_dropout,
+                    c.qkv_bias,
                 ),
                 SwiGLU(c.dim, c.feed_forward, c.ffn_dropout),
                 c.dim,
@@ -226,13 +261,15 @@ class LlamaGenerator(Generator):
             for _ in range(c.n_layers)
         )
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.output = Linear(c.dim, starts[-1], bias=False)
+        self.output = Linear(c.dim, c.code_dim if c.code_head == "codebook" else starts[-1], bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, 0.02) everywhere, divided by sqrt(2 n_layers) where a branch joins the residual stream (GPT-2)."""
         c = self.config
         for name, module in self.named_modules():
+            if name.startswith("codes."):
+                continue  # a projector starts as linear layers do by themselves: the scale of the vectors is not known
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 joins = name.endswith((".wo", ".w2", ".fc2"))
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * c.n_layers) if joins else 0.02)
@@ -242,7 +279,7 @@ class LlamaGenerator(Generator):
                 nn.init.normal_(module.boi, std=0.02)
         if self.rep is not None:
             nn.init.normal_(self.rep, std=0.02)
-        if c.zero_head:
+        if c.zero_head or c.code_head == "codebook":
             nn.init.zeros_(self.output.weight)
 
     def start_from(self, source: LlamaGenerator) -> list[str]:
@@ -267,6 +304,15 @@ class LlamaGenerator(Generator):
         taken = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
         self.load_state_dict(taken, strict=False)
         return [k for k in own if k not in taken]
+
+    @property
+    def needs_codebook(self) -> bool:
+        return self.codes is not None
+
+    def take_codebook(self, table: Tensor) -> None:
+        if self.codes is None:
+            super().take_codebook(table)
+        self.codes.take(table)
 
     def _places(self) -> Tensor:
         """Where each step's input lies relative to the end of the prefix, int64 (S, axes)."""
@@ -311,8 +357,12 @@ class LlamaGenerator(Generator):
 
     def embed(self, ids: Tensor, codebook: int = 0) -> Tensor:
         """Inputs (B, m, dim) of m consecutive steps (B, m, slots), the first of which is of the given codebook."""
-        x = self.tok_embeddings(self.shared_ids(ids, codebook))  # (B, m, slots, dim)
+        x = self.embed_codes(self.shared_ids(ids, codebook))  # (B, m, slots, dim)
         return self.shuffle(x) if self.config.window > 1 else x[:, :, 0]
+
+    def embed_codes(self, shared: Tensor) -> Tensor:
+        """Embeddings (..., dim) of shared ids (...)."""
+        return self.codes(shared) if self.tok_embeddings is None else self.tok_embeddings(shared)
 
     def blocks(
         self,
@@ -351,10 +401,13 @@ class LlamaGenerator(Generator):
         Returns:
             (B, m, slots, window_head_dim).
         """
-        return self.window_head(slots, self.tok_embeddings(before))
+        return self.window_head(slots, self.embed_codes(before))
 
     def head(self) -> Head:
-        """Weight (V, channels) and bias of the map from a slot to code logits; with windows, expand and head in one."""
+        """Weight (V, channels) and bias of the map from a slot to code logits; with windows, expand and head in one.
+
+        With code_head "codebook" V is code_dim: `code_logits` does the rest.
+        """
         if isinstance(self.output, Int8Linear):
             return self.output.weight, self.output.bias
         if self.window_head is not None:
@@ -370,8 +423,10 @@ class LlamaGenerator(Generator):
         if len(self.codebook_sizes) > 1:
             weight, bias = weight[low:high], None if bias is None else bias[low:high]
         if isinstance(weight, Int8Weight):
-            return weight.linear(slots, bias).float()
-        return linear(slots, weight, bias).float()
+            out = weight.linear(slots, bias)
+        else:
+            out = linear(slots, weight, bias)
+        return (self.codes.logits(out) if self.config.code_head == "codebook" else out).float()
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """float32 logits (B, T, text_vocab) of the next text id; the head is the text embedding, transposed."""
@@ -380,7 +435,7 @@ class LlamaGenerator(Generator):
     def new_cache(self, batch: int, length: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `length` positions."""
         c = self.config
-        weight = self.tok_embeddings.weight
+        weight = self.norm.weight
         return KVCache(
             c.n_layers, batch, c.n_kv_heads or c.n_heads, length, c.dim // c.n_heads,
             device=weight.device, dtype=dtype or weight.dtype,
@@ -395,7 +450,9 @@ class LlamaGenerator(Generator):
         if isinstance(self.output, Int8Linear):
             return made
         weight, bias = self.head()
+        codes, made.codes = made.codes, None
         to_int8(made)
+        made.codes = codes  # embeds
         made.output = Int8Linear(weight, bias)
         return made
 

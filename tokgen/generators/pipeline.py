@@ -78,7 +78,7 @@ class TextToImagePipeline:
 
         Args:
             tokenizer: another place of the tokenizer, or the tokenizer itself.
-            precision: of the generator: "float32", "bfloat16", or "int8" (weights; see `LlamaGenerator.int8`). The
+            precision: of the generator: "float32", "bfloat16", or "int8" (weights; see its `int8`). The
                 tokenizer stays in float32.
 
         Raises:
@@ -159,8 +159,8 @@ class TextToImagePipeline:
                 each image drawn); what stays of it are its tokens.
             mask_image: where to paint: a PIL image, or a tensor (H, W) or (B, 1, H, W) in [0, 1], white (above 0.5) for what
                 is drawn anew. A token is drawn anew if any of its pixels is.
-            arguments: `schedule`, `guidance_interval`, `guidance_power`, `given`, `keep`, `speculative`, `draft`, `compile`, `progress` of
-                `Generator.sample`.
+            arguments: `schedule`, `guidance_interval`, `guidance_power`, `negative_prompt`, `passes`, `given`, `keep`, `speculative`,
+                `draft`, `compile`, `progress` of `Generator.sample`.
 
         Raises:
             InputError: no prompt, an unknown output_type, fewer than one image, seeds that do not match, or one of `image`

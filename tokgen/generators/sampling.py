@@ -36,6 +36,9 @@ class SamplingSettings:
         top_k: keep the k most likely ids (and those level with the last); 0 keeps all.
         top_p: keep the smallest set of ids whose probability reaches this (and those level with its last); 1 keeps all.
         min_p: keep ids at least this likely relative to the most likely one; 0 keeps all.
+        negative_prompt: what guidance leads away from; "" is the unconditional prompt that dropped captions trained.
+        passes: (top_k, top_p) of further passes over the codes of one scale, each of which draws them all again with the codes
+            of the pass before in view; only of generators that draw scale by scale (see `tokgen.generators.next_scale`).
 
     Raises:
         ConfigError: a value out of range.
@@ -49,9 +52,13 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    negative_prompt: str = ""
+    passes: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        passes = _passes(self.passes)
+        object.__setattr__(self, "passes", self.passes if passes is None else passes)
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule={self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         low_high = self.guidance_interval
@@ -63,6 +70,8 @@ class SamplingSettings:
             ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 for all"),
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 <= min_p <= 1"),
+            ("negative_prompt", isinstance(self.negative_prompt, str), "a text"),
+            ("passes", passes is not None, "pairs of top_k (a whole number, 0 for all) and 0 < top_p <= 1"),
         ):
             if not fits:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected {expected}")
@@ -75,6 +84,16 @@ class SamplingSettings:
             if name not in known:
                 raise ConfigError(f"unknown sampling setting {name!r}; expected one of {', '.join(known)}")
         return cls(**values)
+
+
+def _passes(given: Any) -> tuple[tuple[int, float], ...] | None:
+    """Pairs as they come from files, which have lists and may write 100.0 for 100; None for anything else."""
+    if not isinstance(given, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in given):
+        return None
+    if not all(isinstance(v, int | float) for pair in given for v in pair):
+        return None
+    fits = all(k >= 0 and k == int(k) and 0 < p <= 1 for k, p in given)
+    return tuple((int(k), float(p)) for k, p in given) if fits else None
 
 
 # -- randomness ---------------------------------------------------------------------------------------------------------

@@ -10,10 +10,8 @@ query and key head are permuted, and so are the scales of their norms. Queries, 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Set
-from pathlib import Path
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,18 +19,18 @@ from torch import Tensor, nn
 
 from tokgen.errors import CheckpointError, ConfigError, MissingDependency
 from tokgen.importers.base import ImportReport, rename
-from tokgen.pretrained import CONFIG, WEIGHTS, resolve
+from tokgen.importers.sharded import INDEX, shapes_in, tensors_in, weight_files
+from tokgen.pretrained import CONFIG, resolve
 
 if TYPE_CHECKING:
     from tokgen.generators.llama import LlamaGenerator
-
-INDEX = WEIGHTS + ".index.json"
+    from tokgen.generators.tokenflow import TokenFlowGenerator
 
 # on the right, "#q", "#k" and "#v" are the parts of a matrix, and "#pairs" asks for the order of rotary pairs
 LM_KEYS = [
     (r"model\.embed_tokens\.weight", r"condition.embeddings.weight"),
     (r"model\.norm\.weight", r"norm.weight"),
-    (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight", r"layers.\1.attention.wqkv.weight#\2"),
+    (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", r"layers.\1.attention.wqkv.\3#\2"),
     (r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.weight", r"layers.\1.attention.\2_norm.weight#pairs"),
     (r"model\.layers\.(\d+)\.self_attn\.o_proj\.weight", r"layers.\1.attention.wo.weight"),
     (r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight", r"layers.\1.feed_forward.w1.weight"),
@@ -46,7 +44,7 @@ TIED = (r"lm_head\.weight", "the same as the text embedding")
 UNTIED = (r"lm_head\.weight", "text is predicted with the text embedding here; this head of its own is left out")
 
 # model types whose blocks are ours, and whether they normalise queries and keys
-MODEL_TYPES = {"llama": False, "mistral": False, "qwen3": True}
+MODEL_TYPES = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True}
 
 
 def causal_lm_config(name: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def causal_lm_config(name: str | os.PathLike[str]) -> dict[str, Any]:
         name: Hub name, or a local folder that transformers' `save_pretrained` wrote.
 
     Returns:
-        condition, dim, n_layers, n_heads, n_kv_heads, hidden, rope, rope_prefix, rope_base, norm_eps, qk_norm, and
+        condition, dim, n_layers, n_heads, n_kv_heads, hidden, rope, rope_prefix, rope_base, norm_eps, qk_norm, qkv_bias, and
         text_vocab, the rows of its embedding (a tokenizer may have fewer or more ids).
 
     Raises:
@@ -78,19 +76,23 @@ def causal_lm_config(name: str | os.PathLike[str]) -> dict[str, Any]:
         "rope_base": float(_rope(config)["rope_theta"]),
         "norm_eps": config.rms_norm_eps,
         "qk_norm": MODEL_TYPES[config.model_type],
+        "qkv_bias": config.model_type == "qwen2",
     }
 
 
 @torch.no_grad()
-def start_from_causal_lm(generator: LlamaGenerator, name: str | os.PathLike[str]) -> ImportReport:
+def start_from_causal_lm(generator: LlamaGenerator | TokenFlowGenerator, name: str | os.PathLike[str]) -> ImportReport:
     """Give `generator` the weights of a language model; its shards are read one tensor at a time.
 
     New here: code embeddings, begin-of-image and REP are drawn from N(0, std of the text embedding), as are text rows
     that the model does not have; the code head and modules of windows stay as they are. The text head is the text
-    embedding; a model's own (untied) `lm_head` is left out, and the report says so.
+    embedding; a model's own (untied) `lm_head` is left out, and the report says so. TokenFlow's generator has its norms behind
+    the branches and not before, and takes their weights nevertheless, as its release does; its query and key norms stay as
+    they are if the model has none, as do levels and positions.
 
     Args:
-        generator: of the sizes that `causal_lm_config` gives; its text vocabulary may be larger.
+        generator: of the sizes that `causal_lm_config` gives, as far as its configuration has them; its text vocabulary may be
+            larger.
         name: Hub name, or a local folder.
 
     Returns:
@@ -100,20 +102,22 @@ def start_from_causal_lm(generator: LlamaGenerator, name: str | os.PathLike[str]
         ConfigError: the generator has other sizes, or see `causal_lm_config`.
         CheckpointError: weights are missing, misshapen, unknown, or not safetensors.
     """
-    _check_sizes(generator, causal_lm_config(name), str(name))
+    sizes = causal_lm_config(name)
+    _check_sizes(generator, sizes, str(name))
     tied = _read_config(name).tie_word_embeddings
-    files = _files(resolve(name, files=(CONFIG, "model*.safetensors", INDEX)))
-    homes = {key: path for path in files for key in _keys(path)}
-    places, report = rename(homes, LM_KEYS, [*LM_IGNORED, TIED if tied else UNTIED], str(name))
+    files = weight_files(resolve(name, files=(CONFIG, "model*.safetensors", INDEX)))
+    places, report = rename(shapes_in(files), LM_KEYS, [*LM_IGNORED, TIED if tied else UNTIED], str(name))
     own = dict(generator.named_parameters())
     expected = {k for k in own if k.startswith(("condition.embeddings.", "layers.", "norm."))}
+    if not sizes["qk_norm"]:
+        expected -= {k for k in expected if k.endswith(("attention.q_norm.weight", "attention.k_norm.weight"))}
     parts = {"wqkv": ("#q", "#k", "#v"), "q_norm": ("#pairs",), "k_norm": ("#pairs",)}
     expected = {k + p for k in expected for p in parts.get(k.split(".")[-2], ("",))}
     for label, wrong in (("missing", expected - places.keys()), ("without a place", places.keys() - expected)):
         if wrong:
             raise CheckpointError(f"{name} is no {len(generator.layers)}-layer model: {label}: {_some(wrong)}")
     attention = generator.layers[0].attention
-    for key, value in _tensors(files):
+    for key, value in tensors_in(files):
         if key not in report.mapped:
             continue
         target, _, part = report.mapped[key].partition("#")
@@ -128,7 +132,8 @@ def start_from_causal_lm(generator: LlamaGenerator, name: str | os.PathLike[str]
         if destination.shape != value.shape:
             raise CheckpointError(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(destination.shape)}")
         destination.copy_(interleaved(value, attention.head_dim) if part in ("q", "k", "pairs") else value)
-    for new in (generator.tok_embeddings.weight, generator.condition.boi, generator.rep):
+    codes = getattr(generator, "tok_embeddings", None)  # none where codes are read by their vectors
+    for new in (None if codes is None else codes.weight, generator.condition.boi, getattr(generator, "rep", None)):
         if new is not None:
             nn.init.normal_(new, std=text_std)
     return report
@@ -190,57 +195,17 @@ def _check(config: Any, name: str) -> None:
     ):
         if not fits(value):
             raise ConfigError(
-                f"{name}: {option}={value!r} cannot be carried over; a start must be a LLaMA-type model without biases, "
-                "rope scaling or sliding windows, with silu, and heads that add up to its width"
+                f"{name}: {option}={value!r} cannot be carried over; a start must be a LLaMA-type model without biases "
+                "(but Qwen2's), rope scaling or sliding windows, with silu, and heads that add up to its width"
             )
 
 
-def _check_sizes(generator: LlamaGenerator, sizes: dict[str, Any], name: str) -> None:
+def _check_sizes(generator: LlamaGenerator | TokenFlowGenerator, sizes: dict[str, Any], name: str) -> None:
     c = generator.config
-    own = {**vars(c), "n_kv_heads": c.n_kv_heads or c.n_heads, "hidden": c.feed_forward}
-    vocabulary = sizes.pop("text_vocab")
-    differ = [f"{k}={own[k]!r} instead of {v!r}" for k, v in sizes.items() if own[k] != v]
-    if c.text_vocab < vocabulary:
-        differ.append(f"text_vocab={c.text_vocab} is below {vocabulary}")
+    hidden = generator.layers[0].feed_forward.w1.out_features
+    own = {**vars(c), "n_kv_heads": c.n_kv_heads or c.n_heads, "hidden": hidden}
+    differ = [f"{k}={own[k]!r} instead of {v!r}" for k, v in sizes.items() if k != "text_vocab" and own.get(k, v) != v]
+    if c.text_vocab < sizes["text_vocab"]:
+        differ.append(f"text_vocab={c.text_vocab} is below {sizes['text_vocab']}")
     if differ:
         raise ConfigError(f"a generator that starts from {name} needs its sizes: {', '.join(differ)}")
-
-
-# -- its files ----------------------------------------------------------------------------------------------------------
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors are read") from None
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
-    files = [folder / file for file in sorted(set(index.values()))]
-    for path in files:
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {path.name}, which {INDEX} names; copy it again")
-    return files
-
-
-def _keys(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():
-                yield key, file.get_tensor(key)
-
-
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy it again") from None

@@ -111,7 +111,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Self-attention without biases; `n_kv_heads < n_heads` is grouped-query attention (Ainslie et al. 2023).
+    """Self-attention; `n_kv_heads < n_heads` is grouped-query attention (Ainslie et al. 2023).
 
     Args:
         dim: model width, a multiple of `n_heads`.
@@ -120,6 +120,7 @@ class Attention(nn.Module):
         qk_norm: RMSNorm over each head's queries and keys before they are rotated.
         eps: of the query and key norms.
         dropout, residual_dropout: on attention weights and on the output, in training.
+        qkv_bias: biases on queries, keys and values (Qwen2's); there are no others.
     """
 
     def __init__(
@@ -131,10 +132,11 @@ class Attention(nn.Module):
         eps: float = 1e-5,
         dropout: float = 0.0,
         residual_dropout: float = 0.0,
+        qkv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads or n_heads, dim // n_heads
-        self.wqkv = Linear(dim, (n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
+        self.wqkv = Linear(dim, (n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=qkv_bias)
         self.wo = Linear(n_heads * self.head_dim, dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else None

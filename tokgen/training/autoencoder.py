@@ -36,7 +36,7 @@ class AutoencoderLoss:
         disc_start: from this step on the generator's loss has the adversarial term.
         disc_train_from: from this step on the discriminator trains, so that its first word is not noise; None means a
             tenth of `disc_start` before it. Earlier, nothing of it runs.
-        disc_loss: "hinge" or "non-saturating".
+        disc_loss: "hinge" or "non-saturating"; of the generator too, unless `disc_generator_loss` names another for it.
         disc_channels, disc_layers, disc_norm: of `PatchGAN`.
         lecam_weight: of LeCam regularisation in the discriminator's loss; 0 leaves it out.
         adaptive: scale the adversarial term to the size of the reconstruction's gradient at the decoder's last layer.
@@ -52,6 +52,7 @@ class AutoencoderLoss:
     disc_start: int = 20_000
     disc_train_from: int | None = None
     disc_loss: Literal["hinge", "non-saturating"] = "hinge"
+    disc_generator_loss: Literal["hinge", "non-saturating"] | None = None
     disc_channels: int = 64
     disc_layers: int = 3
     disc_norm: Literal["batch", "group"] = "batch"
@@ -79,6 +80,8 @@ class AutoencoderModule(TrainingModule):
         disc_optimizer: the discriminator's.
         accumulate, clip, max_bad_steps: see `TrainingModule`.
         init_from: folder or Hub name of a published tokenizer of the same configuration to start from.
+        init_without: names of the tokenizer's modules that do not start from it, such as [decoder], which may then have another
+            size there.
         train_only: names of the tokenizer's modules that are trained, such as [decoder]; all else stays as it is, codebook
             included. None trains everything.
         teacher: encoder (as `load_encoder` takes it) whose features of places (B, N, C) the tokenizer is given as `target`;
@@ -105,13 +108,14 @@ class AutoencoderModule(TrainingModule):
         clip: float | None = 1.0,
         max_bad_steps: int = 20,
         init_from: str | None = None,
+        init_without: list[str] | None = None,
         train_only: list[str] | None = None,
         teacher: str | None = None,
         channels_last: bool = True,
         compile: bool = False,
     ) -> None:
         super().__init__(schedule, accumulate, clip, max_bad_steps)
-        pictures = tokenizer.ndim == 4
+        pictures = 4 in tokenizer.ndims
         if not pictures and (loss.disc_weight > 0 or loss.perceptual != "none"):
             raise ConfigError(
                 f"{tokenizer.type_name} does not decode to pictures (B, 3, H, W), which perceptual loss and discriminator look "
@@ -121,8 +125,13 @@ class AutoencoderModule(TrainingModule):
         self.make_optimizer, self.make_disc_optimizer = optimizer, disc_optimizer
         self.init_from = init_from
         if init_from is not None:
-            read_weights(resolve(init_from), tokenizer)
+            self._check_names("init_without", init_without or [])
+            read_weights(resolve(init_from), tokenizer, init_without or [])
+        elif init_without:
+            raise ConfigError(f"init_without {init_without} leaves modules out of init_from, which is not given")
         self.frozen = self._freeze(train_only)
+        for module in self.frozen:
+            module.eval()  # already here: Lightning trains in the mode that it finds
         self.discriminator: PatchGAN | None = None
         self.lecam: LeCam | None = None
         if loss.disc_weight > 0:
@@ -138,9 +147,10 @@ class AutoencoderModule(TrainingModule):
         channels_last = channels_last and pictures  # a format of maps (B, C, H, W)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
-            for module in (self.tokenizer, self.discriminator, self.perceptual):
-                if module is not None:
-                    module.to(memory_format=torch.channels_last)
+            networks = [m for m in (self.tokenizer, self.discriminator, self.perceptual) if m is not None]
+            for layer in (layer for network in networks for layer in network.modules()):
+                if isinstance(layer, nn.Conv2d):  # those in time have another format
+                    layer.to(memory_format=torch.channels_last)
         if compile:
             for module in (
                 getattr(tokenizer, "encoder", None),
@@ -156,13 +166,8 @@ class AutoencoderModule(TrainingModule):
         """Freeze all but the named modules. Returns the outermost modules that hold nothing that is trained."""
         if train_only is None:
             return []
+        self._check_names("train_only", train_only)
         own = dict(self.tokenizer.named_modules())
-        for name in train_only:
-            if not name or name not in own:
-                children = ", ".join(name for name, _ in self.tokenizer.named_children())
-                raise ConfigError(
-                    f"train_only names {name!r}, which {self.tokenizer.type_name} lacks; it has {children}"
-                )
         trained = {id(p) for name in train_only for p in own[name].parameters()}
         for p in self.tokenizer.parameters():
             p.requires_grad_(id(p) in trained)
@@ -170,6 +175,13 @@ class AutoencoderModule(TrainingModule):
             module for name, module in self.tokenizer.named_children()
             if not any(chosen == name or chosen.startswith(f"{name}.") for chosen in train_only)
         ]  # fmt: skip
+
+    def _check_names(self, option: str, names: list[str]) -> None:
+        own = dict(self.tokenizer.named_modules())
+        for name in names:
+            if not name or name not in own:
+                children = ", ".join(name for name, _ in self.tokenizer.named_children())
+                raise ConfigError(f"{option} names {name!r}, which {self.tokenizer.type_name} lacks; it has {children}")
 
     def train(self, mode: bool = True) -> AutoencoderModule:
         super().train(mode)
@@ -238,8 +250,8 @@ class AutoencoderModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         optimizers = self.optimizers()
         generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-        disc_trains = self.discriminator is not None and self.step >= self.terms.disc_train_from
-        disc_speaks = self.discriminator is not None and self.step >= self.terms.disc_start
+        disc_trains = self.discriminator is not None and self.disc_takes_part(self.terms.disc_train_from)
+        disc_speaks = self.discriminator is not None and self.disc_takes_part(self.terms.disc_start)
         stateful = [m for m in (self.tokenizer, self.discriminator, self.lecam) if m is not None]
         completes = self.begin(stateful, others)
         logs = completes and self.should_log
@@ -275,6 +287,10 @@ class AutoencoderModule(TrainingModule):
             self.record_training({**terms, **output.stats, **metrics}, bar=["train/reconstruction", "train/usage"])
         return {"tokens": output.tokens}
 
+    def disc_takes_part(self, start: int) -> bool:
+        """Whether the current step is one that the discriminator has a part in, from `start` on."""
+        return self.step >= start
+
     def generator_terms(
         self, pixels: Tensor, batch: dict[str, Any], disc_speaks: bool
     ) -> tuple[TokenizerOutput, dict[str, Tensor], Tensor]:
@@ -296,7 +312,8 @@ class AutoencoderModule(TrainingModule):
             of_picture = of_picture + weights.perceptual_weight * terms["perceptual"]
         (gradient,) = torch.autograd.grad(of_picture, picture)
         if disc_speaks:
-            terms["adversarial"] = generator_loss(self.discriminator(picture * 2 - 1), weights.disc_loss)
+            kind = weights.disc_generator_loss or weights.disc_loss
+            terms["adversarial"] = generator_loss(self.discriminator(picture * 2 - 1), kind)
             (adversarial,) = torch.autograd.grad(terms["adversarial"], picture)
             weight = torch.full_like(terms["adversarial"], weights.disc_weight)
             if weights.adaptive:
@@ -363,6 +380,10 @@ class AutoencoderModule(TrainingModule):
         return {"reconstruction": reconstruction, "tokens": output.tokens}
 
     def on_validation_epoch_end(self) -> None:
+        self.report(self.validation_metrics(), bar=["val/psnr", "val/usage"])
+
+    def validation_metrics(self) -> dict[str, Tensor]:
+        """What the validation that ends has measured, over all ranks."""
         totals = sum_over_ranks(torch.stack(list(self._sums.values())))
         sums = dict(zip(self._sums, totals))
         images = sums.pop("images").clamp(min=1)
@@ -372,7 +393,7 @@ class AutoencoderModule(TrainingModule):
         stats = [usage_stats(sum_over_ranks(c)) for c in self._counts]  # over the whole set
         for name in stats[0]:
             metrics[f"val/{name}"] = torch.stack([s[name] for s in stats]).mean()
-        self.report(metrics, bar=["val/psnr", "val/usage"])
+        return metrics
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return self.validation_step(batch, batch_idx)

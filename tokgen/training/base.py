@@ -99,6 +99,7 @@ class TrainingModule(L.LightningModule):
     monitor: ClassVar[tuple[str, str]]  # the validation metric that says which checkpoint is best, and "min" or "max"
     ema_modules: ClassVar[tuple[str, ...]] = ()  # submodules that the EMA callback follows
     export_name: ClassVar[str]  # folder in the run directory that the published model goes to
+    export_beside: ClassVar[tuple[str, ...]] = ()  # folders of further parts, beside that one
 
     def __init__(
         self, schedule: Schedule, accumulate: int = 1, clip: float | None = 1.0, max_bad_steps: int = 20
@@ -219,9 +220,8 @@ class TrainingModule(L.LightningModule):
             bad = flag.bool()
         good = not bool(bad)  # the only point of a step where the device is waited for
         if good:
-            factor = self.schedule.factor(self._step)
             for group, configured in zip(optimizer.param_groups, self._groups[index]):
-                group["lr"] = configured["lr"] * factor
+                group["lr"] = configured["lr"] * self.lr_factor(configured)
             optimizer.step()
         optimizer.zero_grad()
         if good:
@@ -298,8 +298,12 @@ class TrainingModule(L.LightningModule):
         done, self._items = self._items, 0
         return None if last is None else done / max(now - last[0], 1e-9)
 
+    def lr_factor(self, group: dict[str, Any]) -> float:
+        """Factor of a parameter group's learning rate in the current step; `group` holds its settings as configured."""
+        return self.schedule.factor(self._step)
+
     def learning_rate(self, index: int = 0) -> float:
-        return self._groups[index][0]["lr"] * self.schedule.factor(self._step)
+        return self._groups[index][0]["lr"] * self.lr_factor(self._groups[index][0])
 
     # -- export -------------------------------------------------------------------------------------------------------
 
@@ -307,6 +311,7 @@ class TrainingModule(L.LightningModule):
         """Write what this module trains in its published form.
 
         Called on all ranks, since gathering sharded weights takes all of them; `write` is True on the one that writes.
+        The parts named in `export_beside` go to folders beside `folder`, with its suffix.
         """
         raise NotImplementedError
 

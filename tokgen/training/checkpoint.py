@@ -218,9 +218,10 @@ class Checkpoint(LightningCheckpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             for stray in self.folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
                 stray.unlink(missing_ok=True)
-            for state in ("tmp", "old"):
-                for stray in Path(trainer.default_root_dir).glob(f"{pl_module.export_name}.{state}-*"):
-                    shutil.rmtree(stray, ignore_errors=True)
+            for name in (pl_module.export_name, *pl_module.export_beside):
+                for state in ("tmp", "old"):
+                    for stray in Path(trainer.default_root_dir).glob(f"{name}.{state}-*"):
+                        shutil.rmtree(stray, ignore_errors=True)
 
     def on_train_start(self, trainer: Any, pl_module: TrainingModule) -> None:
         self._time, self.saved_step = time.monotonic(), pl_module.step
@@ -258,7 +259,9 @@ class Checkpoint(LightningCheckpoint):
             folder = Path(trainer.default_root_dir) / pl_module.export_name
             pl_module.export(folder.with_name(f"{folder.name}.tmp-{os.getpid()}"), trainer.is_global_zero)
         if trainer.is_global_zero:
-            replace_folder(folder.with_name(f"{folder.name}.tmp-{os.getpid()}"), folder)
+            for name in (*pl_module.export_beside, pl_module.export_name):
+                whole = folder.with_name(name)
+                replace_folder(whole.with_name(f"{name}.tmp-{os.getpid()}"), whole)
         trainer.strategy.barrier()
 
     def improved(self, trainer: Any) -> bool:

@@ -19,10 +19,11 @@ from tokgen.encoders.base import load_encoder
 from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
 from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
+from tokgen.generators.image_reader import VisualInput
 from tokgen.generators.token_shuffle import to_windows
 from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
 from tokgen.losses.alignment import AlignmentProjector, alignment_loss
-from tokgen.pretrained import config_from_dict, resolve
+from tokgen.pretrained import config_from_dict, load_strictly, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.text import TextTokenizer
 from tokgen.tokenizers.base import VisualTokenizer
@@ -31,6 +32,7 @@ from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, de
 from tokgen.training.captions import Text, learned_vocabulary, made_once, named_vocabulary, training_captions
 
 log = logging.getLogger(__name__)
+BY_VECTORS = "reads codes by their vectors"
 # fields of a generator's configuration that the shards and the text encoder decide
 FROM_DATA = ("layout", "codebook_sizes", "text_vocab", "num_classes", "feature_dim")
 
@@ -80,12 +82,13 @@ class GeneratorModule(TrainingModule):
     the shards or, for image shards, from `visual_tokenizer` and the data's `image_size`.
 
     Args:
-        generator: a name registered in `tokgen.generators` ("llama").
+        generator: a name registered in `tokgen.generators` ("llama", "tokenflow-t2i").
         config: fields of its configuration, without those that the shards decide (layout, codebook sizes, text
             vocabulary, classes).
         text: how captions are read.
         visual_tokenizer: folder or Hub name of the tokenizer that made the codes. It is checked against the shards,
-            decodes the sample grid, and goes into the published folder. None: no grid, and the folder names none.
+            decodes the sample grid, and goes into the published folder. None: no grid, and the folder names none. Generators
+            that read codes by their vectors need it.
             Given image shards, it makes the codes of every batch, frozen and in float32: slower than code shards, but
             with the data's augmentations.
         generation: default sampling settings of the published generator (fields of `SamplingSettings`); the sample grid
@@ -100,6 +103,8 @@ class GeneratorModule(TrainingModule):
             (see `LlamaGenerator.start_from`).
         init_from_lm: text-only language model to start from, ARRA's start: Hub name or folder of a LLaMA-type model (see
             `tokgen.importers.causal_lm`). Its sizes and text vocabulary are taken; `config` may add to them.
+        projector: folder `projector` of an `EndToEndModule` run, whose weights embed the codes at the start; for
+            config.code_embedding "codebook". (A `lm` of such a run that is a generator has them: see init_from.)
         alignment: ARRA's global alignment as a further term; its projector is trained along, kept in checkpoints, and
             neither averaged nor published.
         compile: compile the blocks in place.
@@ -126,6 +131,7 @@ class GeneratorModule(TrainingModule):
         max_bad_steps: int = 20,
         init_from: str | None = None,
         init_from_lm: str | None = None,
+        projector: str | None = None,
         alignment: Alignment | None = None,
         compile: bool = False,
     ) -> None:
@@ -142,7 +148,7 @@ class GeneratorModule(TrainingModule):
             self._take_sizes_of_lm(init_from is not None)
         self.make_optimizer = optimizer
         self.weights = {"label_smoothing": label_smoothing, "z_loss": z_loss, "text_loss": text_loss}
-        self.init_from, self.compile_blocks = init_from, compile
+        self.init_from, self.compile_blocks, self.code_projector = init_from, compile, projector
         self.generator: Generator | None = None
         # decodes pictures for the log; not a submodule, so that neither checkpoints, EMA nor the strategy carry it
         self.__dict__["visual_tokenizer"] = None
@@ -176,6 +182,8 @@ class GeneratorModule(TrainingModule):
             raise ConfigError(f"init_from_lm brings weights and text vocabulary; leave out {other}")
         sizes = causal_lm_config(self.init_from_lm)
         self._lm_vocabulary = sizes.pop("text_vocab")
+        fields = {f.name for f in dataclasses.fields(self.cls.config_class)}
+        sizes = {k: v for k, v in sizes.items() if k in fields}  # of others this generator has one kind only
         for name, value in sizes.items():
             if self.sizes.get(name, value) != value:
                 raise ConfigError(
@@ -325,18 +333,23 @@ class GeneratorModule(TrainingModule):
             generator.train()
         else:
             read = self._prompt_sizes(text) if source is None else {
-                k: getattr(source.config, k) for k in ("text_vocab", "num_classes", "feature_dim")
+                k: v for k, v in vars(source.config).items() if k in ("text_vocab", "num_classes", "feature_dim")
             }  # fmt: skip
+            if "codebook" in (self.sizes.get("code_embedding"), self.sizes.get("code_head")):
+                facts["code_dim"] = self.sizes.get("code_dim", self._visual_tokenizer_for(BY_VECTORS).code_dim)
             config = config_from_dict(self.cls.config_class, {**self.sizes, **facts, **read}, "config")
             generator = self.cls(config, text)
-            if generator.needs_codebook:
-                generator.take_codebook(self._visual_tokenizer_for("reads codes by their vectors").codebook_table())
             if source is not None:
                 fresh = generator.start_from(source)
                 log.info("started from %s; new here: %s", self.init_from, ", ".join(fresh) or "nothing")
             if self.init_from_lm is not None:
                 report = start_from_causal_lm(generator, self.init_from_lm)
                 log.info("started from %s: %s", self.init_from_lm, report)
+        known = source is not None and source.tokenizer_fingerprint == fingerprint  # then it came with the source
+        if generator.needs_codebook and not known:
+            generator.take_codebook(self._visual_tokenizer_for(BY_VECTORS).codebook_table())
+        if self.code_projector is not None:
+            self._start_projector(generator)
         generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
         blocks = getattr(generator, "layers", ())
         if self.alignment is not None:
@@ -368,12 +381,23 @@ class GeneratorModule(TrainingModule):
             )
         return self.visual_tokenizer
 
+    def _start_projector(self, generator: Generator) -> None:
+        codes = getattr(generator, "codes", None)
+        if codes is None or codes.projector is None:
+            raise ConfigError(
+                "projector embeds codes by their vectors; set config.code_embedding: codebook, or leave it out"
+            )
+        saved = VisualInput.from_pretrained(self.code_projector)
+        if saved.projector is None:
+            raise ConfigError(f"projector {self.code_projector} embeds ids by a table of its own; it has no projector")
+        load_strictly(codes.projector, saved.projector.state_dict(), f"the projector in {self.code_projector}")
+
     def _make_projector(self, generator: Generator, blocks: int) -> AlignmentProjector:
         if self.alignment.block > blocks:
             raise ConfigError(
                 f"alignment.block {self.alignment.block}; the generator has {blocks} blocks, counted from 1"
             )
-        if self.alignment.target == "rep" and not generator.config.rep_token:
+        if self.alignment.target == "rep" and not getattr(generator.config, "rep_token", False):
             raise ConfigError("alignment.target 'rep' aligns the <REP> token; set config.rep_token: true")
         return AlignmentProjector(generator.config.dim, self._embeddings["dim"], self.alignment.hidden)
 

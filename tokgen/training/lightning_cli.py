@@ -40,6 +40,7 @@ from tokgen.training.callbacks import (
 )
 from tokgen.training.checkpoint import BEST, LAST, AtomicCheckpointIO, Checkpoint, find_last, read_checkpoint
 from tokgen.training.ema import EMA
+from tokgen.training.end_to_end import EndToEndModule  # noqa: F401
 from tokgen.training.generator import GeneratorModule  # noqa: F401
 from tokgen.training.staged import StagedModule  # noqa: F401
 

@@ -273,8 +273,8 @@ class StagedModule(TrainingModule):
         completes = self.begin([self.tokenizer])
         logs = completes and self.should_log
         batch = self.prepared(batch, stage)
-        frozen = _unchanged([self.tokenizer.get_submodule(name) for name in stage.freeze])
-        with frozen, _only(self.tokenizer, self.trained[index]), optimizer.toggle_model(sync_grad=completes):
+        frozen = unchanged([self.tokenizer.get_submodule(name) for name in stage.freeze])
+        with frozen, only(self.tokenizer, self.trained[index]), optimizer.toggle_model(sync_grad=completes):
             output, terms = self.terms(stage, batch)
             self.manual_backward(sum(terms.values()) / self.accumulate)
         rate = self.rate(len(batch["pixels"]))
@@ -367,7 +367,7 @@ class StagedModule(TrainingModule):
             self.tokenizer.save_pretrained(folder)
 
 
-class _unchanged:
+class unchanged:
     """After the block, what a forward pass changes in these modules is as it was before."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -382,7 +382,7 @@ class _unchanged:
             tensor.copy_(copy)
 
 
-class _only:
+class only:
     """Within the block, no parameters of `module` but these get gradients."""
 
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
