@@ -9,7 +9,6 @@ from peak_memory import peak_of
 
 from tokgen.errors import ConfigError
 from tokgen.quantizers.ibq import IBQ, index_backpropagation
-from tokgen.quantizers.vq import assignment_entropies
 
 
 def written_out(y, codebook):
@@ -29,7 +28,8 @@ def test_gradients_are_those_of_the_formula(monkeypatch, scale, chunk):
     upstream = torch.randn(70, 6, dtype=torch.float64)
     y.requires_grad_(), codebook.requires_grad_()
     expected, _, ids = written_out(y, codebook)
-    got = index_backpropagation(y, codebook, ids)
+    got, *entropies = index_backpropagation(y, codebook, ids)
+    assert entropies == [0, 0]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     exact = torch.autograd.grad((expected * upstream).sum(), [y, codebook])
     for gradient, want in zip(torch.autograd.grad((got * upstream).sum(), [y, codebook]), exact):
@@ -101,19 +101,24 @@ def test_the_published_weights_and_the_papers():
     assert code["entropy"] == paper["entropy"]
 
 
-def test_entropies_of_products_equal_the_definition(monkeypatch):
-    y, codes = torch.randn(70, 4, requires_grad=True), torch.randn(33, 4, requires_grad=True)
-    p = torch.softmax(y.double() @ codes.double().T / 0.5, -1)
+@pytest.mark.parametrize("chunk", [1 << 21, 33 * 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_entropies_share_the_products_and_equal_the_definition(monkeypatch, chunk, masked):
+    monkeypatch.setattr("tokgen.quantizers.vq.ENTROPY_CHUNK", chunk)
+    y, codes = torch.randn(70, 4, dtype=torch.float64), torch.randn(33, 4, dtype=torch.float64)
+    upstream, keep = torch.randn(70, 4, dtype=torch.float64), torch.arange(70) % 3 > 0 if masked else None
+    y.requires_grad_(), codes.requires_grad_()
+    rows, _, ids = written_out(y, codes)
+    p = torch.softmax((y if keep is None else y[keep]) @ codes.T / 0.5, -1)
     mean = p.mean(0)
-    expected = (-(p * p.log()).sum(1).mean(), -(mean * (mean + 1e-5).log()).sum())
-    exact = torch.autograd.grad(expected[0] - 2 * expected[1], [y, codes])
-    for chunk in (1 << 21, 33 * 8):
-        monkeypatch.setattr("tokgen.quantizers.vq.ENTROPY_CHUNK", chunk)
-        got = assignment_entropies(y, codes, 0.5, "dot")
-        for value, want in zip(got, expected):
-            torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
-        for gradient, want in zip(torch.autograd.grad(got[0] - 2 * got[1], [y, codes]), exact):
-            torch.testing.assert_close(gradient, want.float(), rtol=1e-4, atol=1e-6)
+    expected = (rows, -(p * p.log()).sum(1).mean(), -(mean * (mean + 1e-5).log()).sum())
+    got = index_backpropagation(y, codes, ids, keep, 0.5)
+    total = lambda out: (out[0] * upstream).sum() + out[1] - 2 * out[2]  # noqa: E731
+    exact = torch.autograd.grad(total(expected), [y, codes])
+    for value, want in zip(got, expected):
+        torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-12)
+    for gradient, want in zip(torch.autograd.grad(total(got), [y, codes]), exact):
+        torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-11)
 
 
 def test_backward_under_autocast_is_fp32():

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from tokgen.errors import ConfigError
 from tokgen.quantizers.base import CodeQuantizer, masked_mean
 from tokgen.quantizers.search import nearest
-from tokgen.quantizers.vq import assignment_entropies, row_chunks
+from tokgen.quantizers.vq import (
+    entropy_backward,
+    entropy_of_mean,
+    entropy_slope,
+    entropy_sums,
+    row_chunks,
+    softmax_backward,
+)
 
 
 class IBQ(CodeQuantizer):
@@ -97,7 +104,8 @@ class IBQ(CodeQuantizer):
     def train_step(self, y: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         ids = self.assign(y)
         y, codebook = self.metric_space(y), self.metric_space(self.codebook.weight.float())
-        codes = index_backpropagation(y, codebook, ids)  # (n, code_dim)
+        temperature = self.entropy_temperature if self.entropy_weight else None
+        codes, each, mean = index_backpropagation(y, codebook, ids, keep, temperature)  # (n, code_dim)
         rows = F.embedding(ids, codebook)  # the same values; gradients into these rows alone
         losses = {
             "quantization": masked_mean((codes - y).square(), keep),
@@ -105,42 +113,62 @@ class IBQ(CodeQuantizer):
             "codebook": self.codebook_weight * masked_mean((rows - y.detach()).square(), keep),
         }
         if self.entropy_weight:
-            kept = y if keep is None else y[keep]
-            each, mean = assignment_entropies(kept, codebook, self.entropy_temperature, "dot")
             losses["entropy"] = self.entropy_weight * (self.sample_weight * each - self.batch_weight * mean)
         return codes, ids, losses
 
 
-def index_backpropagation(y: Tensor, codebook: Tensor, ids: Tensor) -> Tensor:
+def index_backpropagation(
+    y: Tensor, codebook: Tensor, ids: Tensor, keep: Tensor | None = None, temperature: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows `ids` of the codebook with the gradient of (hard + p - sg[p]) C, p = softmax(y C^T), hard = one-hot of ids.
 
     With g the gradient of the result, a = g C^T and w = p (a - <p, a>): y gets w C, and the codebook gets w^T y, dense,
-    and g in the chosen rows. w is computed in chunks of rows (`row_chunks`), in backward alone. Differentiable once.
+    and g in the chosen rows. The entropies of q = softmax(y C^T / temperature) go through the same products, so that both
+    share them. p and q are computed in chunks of rows (`row_chunks`), in backward once more. Differentiable once.
 
     Args:
         y: fp32 (n, d).
         codebook: C, fp32 (K, d).
         ids: int64 (n,).
+        keep: bool (n,), whose entropies count; None means all.
+        temperature: of q; None leaves the entropies out, which are then 0.
+
+    Returns:
+        rows (n, d), mean of H(q_i), H(mean of q_i), in nats.
     """
-    return _IndexBackpropagation.apply(y, codebook, ids)
+    return _IndexBackpropagation.apply(y, codebook, ids, keep, temperature)
 
 
 class _IndexBackpropagation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, codebook: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(y, codebook, ids)
-        return F.embedding(ids, codebook)
+    def forward(
+        ctx: Any, y: Tensor, codebook: Tensor, ids: Tensor, keep: Tensor | None, temperature: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean = y.new_zeros(len(codebook))
+        each, of_mean = y.new_zeros(()), y.new_zeros(())
+        if temperature is not None:
+            kept = y if keep is None else y[keep]
+            each, mean = entropy_sums(kept, codebook, lambda rows: (rows @ codebook.T).div_(temperature))
+            of_mean = entropy_of_mean(mean)
+        ctx.save_for_backward(y, codebook, ids, keep, mean)
+        ctx.temperature = temperature
+        return F.embedding(ids, codebook), each, of_mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        y, codebook, ids = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, of_each: Tensor, of_mean: Tensor) -> tuple[Tensor | None, ...]:
+        y, codebook, ids, keep, mean = ctx.saved_tensors
         grad_y, grad_codebook = torch.empty_like(y), torch.zeros_like(codebook).index_add_(0, ids, grad)
+        counts = y.new_ones(len(y), 1) if keep is None else keep[:, None].to(y.dtype)
+        scale = counts / ((ctx.temperature or 1.0) * counts.sum().clamp(min=1))  # (n, 1), of the entropies
         with torch.autocast(y.device.type, enabled=False):  # backward may be called under the trainer's
-            for rows, g, into in zip(*(row_chunks(x, codebook) for x in (y, grad, grad_y))):
-                p = (rows @ codebook.T).softmax(-1)
-                w = g @ codebook.T
-                w.sub_((p * w).sum(1, keepdim=True)).mul_(p)  # (rows, K)
+            slope = of_mean * entropy_slope(mean)  # (K,)
+            for rows, g, s, into in zip(*(row_chunks(x, codebook) for x in (y, grad, scale, grad_y))):
+                logits = rows @ codebook.T  # (rows, K)
+                w = softmax_backward(logits.softmax(-1), g @ codebook.T)
+                if ctx.temperature is not None:
+                    logits.div_(ctx.temperature)
+                    w += entropy_backward(logits, of_each, slope).mul_(s)
                 torch.mm(w, codebook, out=into)
                 grad_codebook.addmm_(w.T, rows)
-        return grad_y, grad_codebook, None
+        return grad_y, grad_codebook, None, None, None

@@ -9,6 +9,7 @@ and LaVIT (arXiv 2309.04669, eq. 3): the codes themselves are kept on the unit s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -336,51 +337,42 @@ def kmeans(y: Tensor, k: int, generator: torch.Generator, metric: str = "l2", it
     return centers
 
 
-def assignment_entropies(y: Tensor, codes: Tensor, temperature: float, metric: str = "l2") -> tuple[Tensor, Tensor]:
-    """(mean of H(p_i), H(mean of p_i)) in nats; y fp32 (n, d), codes fp32 (K, d).
+def assignment_entropies(y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(mean of H(p_i), H(mean of p_i)) in nats, p_i = softmax(-|y_i - codes|^2 / temperature); fp32 y (n, d), codes (K, d).
 
-    p_i = softmax(-|y_i - codes|^2 / temperature), or with metric "dot" softmax(y_i . codes / temperature). The
-    probabilities are computed in chunks of rows (`row_chunks`), in backward once more: a few blocks exist at a time.
+    The probabilities are computed in chunks of rows (`row_chunks`), in backward once more: a few blocks exist at a time.
     Differentiable once.
     """
-    return _AssignmentEntropies.apply(y, codes, temperature, metric)
+    return _AssignmentEntropies.apply(y, codes, temperature)
 
 
 class _AssignmentEntropies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, codes: Tensor, temperature: float, metric: str) -> tuple[Tensor, Tensor]:
-        n = max(len(y), 1)
-        each, mean = y.new_zeros(()), y.new_zeros(len(codes))
-        for chunk in row_chunks(y, codes):
-            logits, p = _assignment(chunk, codes, temperature, metric)
-            mean += p.sum(0)
-            # H(p) = log Z - <p, logits>, and the largest p is 1 / Z
-            each -= p.amax(1).log().sum() + logits.mul_(p).sum()
-        mean /= n
+    def forward(ctx: Any, y: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        each, mean = entropy_sums(y, codes, lambda rows: _logits(rows, codes, temperature))
         ctx.save_for_backward(y, codes, mean)
-        ctx.temperature, ctx.metric = temperature, metric
-        # 1e-5 inside the logarithm as published: codes of probability 0 get a finite gradient
-        return each / n, -(mean * (mean + 1e-5).log()).sum()
+        ctx.temperature = temperature
+        return each, entropy_of_mean(mean)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_each: Tensor, of_mean: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, of_each: Tensor, of_mean: Tensor) -> tuple[Tensor, Tensor, None]:
         y, codes, mean = ctx.saved_tensors
         grad_y, grad_codes = torch.empty_like(y), torch.zeros_like(codes)
-        scale = (1 if ctx.metric == "dot" else 2) / (ctx.temperature * max(len(y), 1))
+        scale = 2 / (ctx.temperature * max(len(y), 1))
         with torch.autocast(y.device.type, enabled=False):  # backward may be called under the trainer's
-            # d H(mean) / d mean_k
-            slope = -((mean + 1e-5).log() + mean / (mean + 1e-5))  # (K,)
-            for chunk, into in zip(row_chunks(y, codes), row_chunks(grad_y, codes)):
-                logits, p = _assignment(chunk, codes, ctx.temperature, ctx.metric)
-                # with respect to the logits: of_each * dH(p_i) + of_mean * dH(mean), both of the form p (v - p.v)
-                v = logits.mul_(-of_each).add_(of_mean * slope)
-                grad = v.sub_((p * v).sum(1, keepdim=True)).mul_(p)  # (n, K); rows sum to 0
-                torch.mm(grad, codes, out=into)
-                grad_codes.addmm_(grad.T, chunk)
-                if ctx.metric != "dot":
-                    grad_codes.addcmul_(codes, grad.sum(0)[:, None], value=-1)
-        return grad_y.mul_(scale), grad_codes.mul_(scale), None, None
+            slope = of_mean * entropy_slope(mean)
+            for rows, into in zip(row_chunks(y, codes), row_chunks(grad_y, codes)):
+                grad = entropy_backward(_logits(rows, codes, ctx.temperature), of_each, slope)
+                torch.mm(grad, codes, out=into)  # |y|^2 is the same for all codes, and rows of grad sum to 0
+                grad_codes.addmm_(grad.T, rows).addcmul_(codes, grad.sum(0)[:, None], value=-1)
+        return grad_y.mul_(scale), grad_codes.mul_(scale), None
+
+
+def _logits(y: Tensor, codes: Tensor, temperature: float) -> Tensor:
+    """-|y_i - codes|^2 / temperature, (n, K)."""
+    norms = y.square().sum(1, keepdim=True) + codes.square().sum(1)
+    return norms.addmm_(y, codes.T, alpha=-2).div_(-temperature)
 
 
 def row_chunks(y: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
@@ -392,15 +384,38 @@ def row_chunks(y: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
     return y.split(max(1, ENTROPY_CHUNK // len(codes), codes.shape[1] // 4)) if len(y) else ()
 
 
-def _assignment(y: Tensor, codes: Tensor, temperature: float, metric: str) -> tuple[Tensor, Tensor]:
-    """(logits less the largest of each row, p), (n, K) each."""
-    if metric == "dot":
-        logits = (y @ codes.T).div_(temperature)
-    else:
-        norms = y.square().sum(1, keepdim=True) + codes.square().sum(1)  # (n, K)
-        logits = norms.addmm_(y, codes.T, alpha=-2).div_(-temperature)
+def entropy_sums(y: Tensor, codes: Tensor, logits_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """(mean of H(p_i), mean of p_i (K,)) of p_i = softmax(logits_of(rows of y)), in chunks."""
+    each, mean = y.new_zeros(()), y.new_zeros(len(codes))
+    for rows in row_chunks(y, codes):
+        logits = logits_of(rows)  # (rows, K)
+        logits.sub_(logits.amax(1, keepdim=True))
+        p = logits.softmax(-1)
+        mean += p.sum(0)
+        # H(p) = log Z - <p, logits>, and the largest p is 1 / Z
+        each -= p.amax(1).log().sum() + logits.mul_(p).sum()
+    return each / max(len(y), 1), mean / max(len(y), 1)
+
+
+def entropy_of_mean(mean: Tensor) -> Tensor:
+    """H(mean) of probabilities (K,); 1e-5 inside the logarithm as published: codes of probability 0 get a finite gradient."""
+    return -(mean * (mean + 1e-5).log()).sum()
+
+
+def entropy_slope(mean: Tensor) -> Tensor:
+    """The derivative of `entropy_of_mean`, (K,)."""
+    return -((mean + 1e-5).log() + mean / (mean + 1e-5))
+
+
+def entropy_backward(logits: Tensor, of_each: Tensor, slope: Tensor) -> Tensor:
+    """The gradient of of_each * sum of H(p_i) + <slope, sum of p_i>, p = softmax of logits (n, K), which are overwritten."""
     logits.sub_(logits.amax(1, keepdim=True))
-    return logits, logits.softmax(-1)
+    return softmax_backward(logits.softmax(-1), logits.mul_(-of_each).add_(slope))
+
+
+def softmax_backward(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient at the logits, p (grad - <p, grad>), of that at p, (n, K); grad is overwritten."""
+    return grad.sub_(torch.einsum("nk,nk->n", p, grad)[:, None]).mul_(p)
 
 
 def rotate_to(y: Tensor, codes: Tensor) -> Tensor:
