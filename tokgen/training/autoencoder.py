@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -77,7 +78,7 @@ class AutoencoderModule(TrainingModule):
         schedule: learning rate over the run; both optimizers follow it.
         loss: terms and weights.
         optimizer: makes the tokenizer's optimizer from parameter groups; norms, biases and codebooks are not decayed.
-        disc_optimizer: the discriminator's.
+        disc_optimizer: the discriminator's; None takes AdamW with lr 1e-4, betas (0.9, 0.95) and no weight decay.
         accumulate, clip, max_bad_steps: see `TrainingModule`.
         init_from: folder or Hub name of a published tokenizer of the same configuration to start from.
         init_without: names of the tokenizer's modules that do not start from it, such as [decoder], which may then have another
@@ -101,9 +102,7 @@ class AutoencoderModule(TrainingModule):
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         loss: AutoencoderLoss = AutoencoderLoss(),
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
-        disc_optimizer: OptimizerCallable = lambda p: AdamW(
-            p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        ),
+        disc_optimizer: OptimizerCallable | None = None,
         accumulate: int = 1,
         clip: float | None = 1.0,
         max_bad_steps: int = 20,
@@ -122,7 +121,7 @@ class AutoencoderModule(TrainingModule):
                 "at; set loss.perceptual none and loss.disc_weight 0"
             )
         self.tokenizer, self.terms = tokenizer, loss
-        self.make_optimizer, self.make_disc_optimizer = optimizer, disc_optimizer
+        self.make_optimizer, self.make_disc_optimizer = optimizer, disc_optimizer or _adamw
         self.init_from = init_from
         if init_from is not None:
             self._check_names("init_without", init_without or [])
@@ -409,3 +408,7 @@ class AutoencoderModule(TrainingModule):
     def export(self, folder: Path, write: bool) -> None:
         if write:
             self.tokenizer.save_pretrained(folder)
+
+
+def _adamw(parameters: Iterable[Any]) -> Optimizer:
+    return AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

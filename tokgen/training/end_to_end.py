@@ -101,7 +101,8 @@ class EndToEndModule(AutoencoderModule):
             are those of the whole run.
         discriminator_from: training checkpoint (.ckpt) of the tokenizer, whose discriminator and LeCam averages go on; None
             starts them anew.
-        optimizer: of the projector, the language model and the tokenizer. disc_optimizer: the discriminator's.
+        optimizer: of the projector, the language model and the tokenizer. disc_optimizer: the discriminator's, see
+            `AutoencoderModule`.
         init_from: folder or Hub name of a published tokenizer of the same configuration to start from.
         teacher, accumulate, clip, max_bad_steps, channels_last, compile: see `AutoencoderModule`.
     """
@@ -125,7 +126,7 @@ class EndToEndModule(AutoencoderModule):
         loss: AutoencoderLoss = AutoencoderLoss(),  # noqa: B008  (frozen)
         discriminator_from: str | None = None,
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=4e-5, betas=(0.9, 0.999), weight_decay=0.0, fused=True),
-        disc_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=4e-5, betas=(0.5, 0.9), weight_decay=0.0, fused=True),
+        disc_optimizer: OptimizerCallable | None = None,
         init_from: str | None = None,
         teacher: str | None = None,
         accumulate: int = 1,
