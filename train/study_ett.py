@@ -24,7 +24,7 @@ from study_tokenizers import TEACHER, UNSEEN, pictures, rows, table, write_rows
 
 MODEL = "--model.init_args."
 ALIGNMENT = {"name": "alignment", "steps": 200, "warmup_steps": 20, "final": 0.1, "train": ["projector", "lm"]}
-SEMANTIC = {"name": "semantic", "steps": 400, "warmup_steps": 20, "final": 0.02}
+SEMANTIC = {"name": "semantic", "steps": 300, "warmup_steps": 20, "final": 0.02}
 ARMS: dict[str, dict[str, Any]] = {
     "frozen, indices": {"visual": "indices", "train": ["projector", "lm"]},
     "frozen, embeddings": {"train": ["projector", "lm"]},
@@ -32,7 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ETT": {"train": ["projector", "lm", "tokenizer"], "alpha": 0.25},
 }
 DRAWING = [  # generators/llama-tiny.yaml with these changes; sizes and vocabulary are the language model's
-    f"{MODEL}config", "{}", f"{MODEL}schedule.total_steps", "300", f"{MODEL}schedule.warmup_steps", "20",
+    f"{MODEL}config", "{}", f"{MODEL}schedule.total_steps", "200", f"{MODEL}schedule.warmup_steps", "20",
     "--trainer.val_check_interval", "100", "--samples.count", "0",
 ]  # fmt: skip
 DRAWN = 512  # training captions that are drawn for the Frechet distance

@@ -201,7 +201,7 @@ class TokenFlowGenerator(Generator):
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def start_from(self, source: TokenFlowGenerator) -> list[str]:
-        """Take every weight of `source`, which may have other scales; the codebook stays.
+        """Take every weight of `source`, which may have other scales, and its codebook.
 
         Returns:
             names of the weights that stay as initialised: levels and positions of other scales.
@@ -210,7 +210,6 @@ class TokenFlowGenerator(Generator):
             ConfigError: any other weight differs in shape or is missing.
         """
         theirs, own = source.state_dict(), self.state_dict()
-        theirs.pop("codes.codebook"), own.pop("codes.codebook")
         fresh = [k for k in ("levels.weight", "positions") if source.scales != self.scales]
         wrong = [k for k in {**theirs, **own} if k not in fresh]
         wrong = [k for k in wrong if k not in theirs or k not in own or theirs[k].shape != own[k].shape]
@@ -359,9 +358,8 @@ class TokenFlowGenerator(Generator):
         x = torch.cat([x, self.embed(self.maps(ids, len(self.scales)), 1)], 1)  # (B, P + N - 1, dim)
         rope = self.rope(prompt.shape[1], x.shape[1])
         mask = self.attends(prefix_mask, len(self.scales))
-        keep = (
-            0 if text_loss else p - 1
-        )  # nothing is read from the text positions of the last block unless they predict
+        # nothing is read from the text positions of the last block unless they predict
+        keep = 0 if text_loss else p - 1
         states = None
         if hidden_of is not None and hidden_of < len(self.layers):
             x = self.blocks(x, rope, mask, part=(0, hidden_of))
