@@ -189,7 +189,7 @@ def study_ibq(out: Path, seeds: list[int], steps: int, jobs: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    studies = {"tokenflow": (study_tokenflow, [0, 1], 1200), "ibq": (study_ibq, [0], 200)}
+    studies = {"tokenflow": (study_tokenflow, [0, 1], 1200), "ibq": (study_ibq, [0], 150)}
     parser.add_argument("study", choices=studies)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+")

@@ -5,7 +5,7 @@
 For each seed an IBQ tokenizer is trained (`ibq-tiny`), then a small language model learns to caption from its ids, from its
 vectors, with the tokenizer tuned by captions alone, or with the tokenizer's own loss beside them; then each of these language
 models learns to draw with its tokenizer's codes. Finished runs are kept, so that an interrupted study goes on. Options: --out,
---seeds, --jobs (runs at a time, one thread each).
+--seeds, --drawing (how many of the seeds learn to draw, which takes the longest), --jobs (runs at a time, one thread each).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def fit(run: Path, recipe: str, *arguments: object) -> Path:
     return run
 
 
-def run_arm(out: Path, name: str, seed: int) -> dict[str, float]:
+def run_arm(out: Path, name: str, seed: int, draws: bool) -> dict[str, float]:
     """Tune, learn to draw, measure."""
     arm, base = ARMS[name], out / f"base-{seed}"
     run = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -61,6 +61,8 @@ def run_arm(out: Path, name: str, seed: int) -> dict[str, float]:
         run, "tokenizers/ett-tiny.yaml", f"{MODEL}init_from", base / "tokenizer", f"{MODEL}stages", json.dumps([ALIGNMENT, stage]),
         *([f"{MODEL}visual", "indices", *of_codes] if indices else []), *seeds,
     )  # fmt: skip
+    if not draws:
+        return measure_tokenizer(run)
     for split in ("train", "val"):
         codes = run / "codes" / split
         if not (codes / "manifest.json").is_file():
@@ -69,14 +71,44 @@ def run_arm(out: Path, name: str, seed: int) -> dict[str, float]:
         run / "drawing", "generators/llama-tiny.yaml", f"{MODEL}init_from", run / "lm", f"{MODEL}visual_tokenizer",
         run / "tokenizer", "--data.train", run / "codes/train", "--data.val", run / "codes/val", *DRAWING, *seeds,
     )  # fmt: skip
-    return measure(run, drawing)
+    return measure_drawing(run, drawing, measure_tokenizer(run))
 
 
 @torch.no_grad()
-def measure(run: Path, drawing: Path) -> dict[str, float]:
+def measure_tokenizer(run: Path) -> dict[str, float]:
+    """Captions, pixels, usage, and what the teacher still sees in what the tokenizer keeps."""
+    import tokgen as package
+    from tokgen.evaluation.reconstruction import evaluate_reconstruction
+    from tokgen.evaluation.retrieval import matching_rates
+
+    kept = run / "tokenizer.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    torch.set_num_threads(1)
+    last = [row for row in rows(run) if "val/caption_loss" in row][-1]
+    tokenizer = package.load(run / "tokenizer")
+    report = evaluate_reconstruction(tokenizer, torch.cat([pictures(split)[0] for split in UNSEEN]))
+    ids = torch.cat([tokenizer.encode(part).ids.flatten() for part in pictures("train")[0].split(256)])
+    unseen, texts, _ = pictures("val")
+    teacher = package.load(TEACHER)
+    decoded = teacher.embed(tokenizer.decode(tokenizer.encode(unseen)))
+    rates = matching_rates(decoded, teacher.encode_text(texts), torch.arange(len(texts)))
+    result = {
+        "caption": last["val/caption_loss"],
+        "accuracy": last["val/caption_accuracy"],
+        "psnr": report.psnr,
+        "usage": len(ids.unique()) / tokenizer.codebook_sizes[0],
+        "kept": float(rates["image_to_text"]),
+    }
+    kept.write_text(json.dumps(result))
+    return result
+
+
+@torch.no_grad()
+def measure_drawing(run: Path, drawing: Path, result: dict[str, float]) -> dict[str, float]:
+    """`result` with what the generator of a run draws, in the teacher's space."""
     import tokgen as package
     from tokgen.evaluation.frechet import frechet_from_features
-    from tokgen.evaluation.reconstruction import evaluate_reconstruction
     from tokgen.evaluation.retrieval import embed_pictures, feature_space, matching_rates
     from tokgen.generators.pipeline import TextToImagePipeline
     from tokgen.images import to_uint8
@@ -85,20 +117,9 @@ def measure(run: Path, drawing: Path) -> dict[str, float]:
     if kept.is_file():
         return json.loads(kept.read_text())
     torch.set_num_threads(1)
-    last = [row for row in rows(run) if "val/caption_loss" in row][-1]
-    tokenizer = package.load(run / "tokenizer")
-    report = evaluate_reconstruction(tokenizer, torch.cat([pictures(split)[0] for split in UNSEEN]))
+    pipeline = TextToImagePipeline.from_pretrained(drawing / "generator")
+    tokenizer, teacher, space = pipeline.tokenizer, package.load(TEACHER), feature_space(str(TEACHER))
     known, captions, _ = pictures("train")
-    ids = torch.cat([tokenizer.encode(part).ids.flatten() for part in known.split(256)])
-    result = {
-        "caption": last["val/caption_loss"],
-        "accuracy": last["val/caption_accuracy"],
-        "psnr": report.psnr,
-        "usage": len(ids.unique()) / tokenizer.codebook_sizes[0],
-    }
-
-    # drawing, in the teacher's space
-    pipeline, teacher, space = TextToImagePipeline.from_pretrained(drawing / "generator"), package.load(TEACHER), feature_space(str(TEACHER))  # fmt: skip
 
     def draw(texts: list[str], **settings: float) -> torch.Tensor:
         parts = [
@@ -109,6 +130,7 @@ def measure(run: Path, drawing: Path) -> dict[str, float]:
 
     chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:DRAWN].tolist()
     real = embed_pictures(known, space)
+    result = dict(result)
     result["frechet"] = frechet_from_features(
         embed_pictures(draw([captions[i] for i in chosen], temperature=1.0, guidance_scale=1.0), space), real
     )
@@ -121,8 +143,6 @@ def measure(run: Path, drawing: Path) -> dict[str, float]:
     words, groups = teacher.encode_text(texts), torch.arange(len(texts))
     drawn = draw(texts, temperature=0.0, guidance_scale=1.5)
     result["drawn"] = float(matching_rates(teacher.embed(drawn), words, groups)["image_to_text"])
-    decoded = tokenizer.decode(tokenizer.encode(unseen))
-    result["kept"] = float(matching_rates(teacher.embed(decoded), words, groups)["image_to_text"])
     kept.write_text(json.dumps(result))
     return result
 
@@ -141,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/study-ett")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--drawing", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     out = options.out.resolve()
@@ -153,7 +174,11 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(base, options.seeds))
-        futures = {(name, s): pool.submit(run_arm, out, name, s) for s in options.seeds for name in ARMS}
+        futures = {
+            (name, s): pool.submit(run_arm, out, name, s, s in options.seeds[: options.drawing])
+            for s in options.seeds
+            for name in ARMS
+        }
         results = {name: [futures[name, s].result() for s in options.seeds] for name in ARMS}
     draw_comparison(out, options.seeds[0])
     columns = {
@@ -168,7 +193,10 @@ def main() -> None:
         "drawn to caption, R@1": ("drawn", 100, ".1f", " %"),
     }
     start = statistics.mean(json.loads((out / f"base-{s}" / "metrics.jsonl").read_text().splitlines()[-1]).get("val/psnr", float("nan")) for s in options.seeds)  # fmt: skip
-    text = table(results, columns) + f"\n\nbefore tuning: {start:.2f} dB on val"
+    drawn = ("bits", "frechet", "floor", "drawn")
+    parts = [{k: v for k, v in columns.items() if (v[0] in drawn) == wanted} for wanted in (False, True)]
+    drew = {name: [r for r in runs if "bits" in r] for name, runs in results.items()}
+    text = table(results, parts[0]) + "\n\n" + table(drew, parts[1]) + f"\n\nbefore tuning: {start:.2f} dB on val"
     (out / "table.md").write_text(text + "\n")
     print("\n" + text)
 
