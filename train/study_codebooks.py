@@ -1,6 +1,7 @@
 """Studies of codebooks on the demo data: the same recipe with one thing changed, one table.
 
     python train/study_codebooks.py tokenflow   one index for two codebooks against pixels alone, meaning alone, and two indices
+    python train/study_codebooks.py t2i         next-scale drawing with a tokenizer of the study before: one pass and several
     python train/study_codebooks.py ibq         index backpropagation against VQ and SimVQ at 1,024, 16,384 and 131,072 codes
 
 Every arm trains through `tokgen fit`. Finished runs are kept, so that an interrupted study goes on. Options: --out, --seeds,
@@ -13,12 +14,13 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from study import ROOT
-from study_tokenizers import CONFIG, TEACHER, UNSEEN, pictures, retrieval, rows, table, train_all, write_rows
+from study import ROOT, tokgen
+from study_tokenizers import COLUMNS, CONFIG, TEACHER, UNSEEN, pictures, retrieval, rows, table, train_all, write_rows
 
 QUANTIZER = f"{CONFIG}quantizer."
 STEPS = ["--model.init_args.schedule.total_steps"]
@@ -132,6 +134,74 @@ def study_tokenflow(out: Path, seeds: list[int], steps: int, jobs: int) -> str:
     return "\n\n".join([table(results, columns), f"the teacher itself, R@1: {line}", table(results, usage)])
 
 
+# -- TokenFlow's generator --------------------------------------------------------------------------------------------
+
+MODEL = "--model.init_args."
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "one pass": {"temperature": 1.0},
+    "two passes": {"temperature": 1.0, "passes": ((1, 1.0),)},
+    "three passes": {"temperature": 1.0, "passes": ((100, 0.8), (1, 1.0))},
+}
+
+
+def study_t2i(out: Path, seeds: list[int], steps: int, jobs: int) -> str:
+    """`tokenflow-t2i-tiny` on the 443 pictures that `make demo` draws."""
+    import demo
+
+    tokenizer = out.parent / "study-tokenflow" / f"one-index-{seeds[0]}" / "tokenizer"
+    run = out / "run"
+    if not (run / "finished").is_file():
+        demo.subset(out / "shards")
+        for split in ("train", "val"):
+            tokgen(
+                "tokenize", out / "shards" / split, "--model", tokenizer, "--size", 64, "--out", out / "codes" / split
+            )
+        tokgen(
+            "fit", "-c", "generators/tokenflow-t2i-tiny.yaml", "-c", "train/cpu.yaml", "--run_dir", run, "--ckpt_path", "auto",
+            "--data.train", out / "codes/train", "--data.val", out / "codes/val", "--data.batch_size", 16,
+            f"{MODEL}visual_tokenizer", tokenizer, f"{MODEL}text.vocab_size", 768, f"{MODEL}schedule.total_steps", steps,
+            f"{MODEL}schedule.warmup_steps", steps // 20, "--ema.decay", 0.98, "--trainer.val_check_interval", steps // 2,
+            log=out / "log.txt",
+        )  # fmt: skip
+        (run / "finished").touch()
+    return measure_t2i(run / "generator", out)
+
+
+@torch.no_grad()
+def measure_t2i(generator: Path, out: Path) -> str:
+    from tokgen.evaluation.reconstruction import read_pictures
+    from tokgen.evaluation.retrieval import evaluate_retrieval, feature_space
+    from tokgen.generators.pipeline import TextToImagePipeline
+    from tokgen.images import to_uint8
+
+    torch.set_num_threads(1)
+    pipeline = TextToImagePipeline.from_pretrained(generator)
+    tokenizer, space = pipeline.tokenizer, feature_space("pixels")
+    known, captions, _ = read_pictures(out / "shards/train")
+    unseen, unseen_captions, _ = read_pictures(out / "shards/val")
+    references, targets = torch.cat([known, unseen]), torch.arange(len(known))
+
+    def found(drawn: torch.Tensor, targets: torch.Tensor) -> str:
+        return f"{100 * evaluate_retrieval(to_uint8(drawn), references, targets, space).top1:.1f} %"
+
+    kept = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in known.split(128)])
+    lines = ["| | training captions | unseen pairs | s a picture |", "|---|---|---|---|"]
+    lines.append(f"| what the tokenizer keeps | {found(kept, targets)} | | |")
+    for name, settings in WAYS.items():
+        started = time.time()
+        drawn = pipeline(captions, output_type="pt", generator=0, **settings).images
+        seconds = (time.time() - started) / len(captions)
+        new = pipeline(unseen_captions, output_type="pt", generator=0, **settings).images
+        row = (found(drawn, targets), found(new, len(known) + torch.arange(len(unseen))), f"{seconds:.3f}")
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    shown = torch.linspace(0, len(known) - 1, COLUMNS).long()
+    texts = [captions[i] for i in shown]
+    tokens = pipeline.generator.generate(texts, generator=0, temperature=0.0)
+    write_rows(out / "drawn.png", known[shown], *tokenizer.progressive(tokens))
+    return "\n".join([f"nearest pictures by {space[0]}, of {len(references)}", "", *lines])
+
+
 # -- IBQ --------------------------------------------------------------------------------------------------------------
 
 CODEBOOKS = (1024, 16384, 131072)
@@ -189,7 +259,7 @@ def study_ibq(out: Path, seeds: list[int], steps: int, jobs: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    studies = {"tokenflow": (study_tokenflow, [0, 1], 1200), "ibq": (study_ibq, [0], 150)}
+    studies = {"tokenflow": (study_tokenflow, [0, 1], 1200), "t2i": (study_t2i, [0], 500), "ibq": (study_ibq, [0], 150)}
     parser.add_argument("study", choices=studies)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+")
