@@ -136,6 +136,6 @@ def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
 def test_objects_beside_the_weights_are_not_unpickled(tmp_path):
     torch.save({**lightning(tokenizer(1), tokenizer(2)), "hyper_parameters": CONFIG}, tmp_path / "odd.ckpt")
     with pytest.raises(
-        CheckpointError, match=r"odd\.ckpt cannot be read as plain weights.*VQGANConfig.*save the tensors alone"
+        CheckpointError, match=r"odd\.ckpt cannot be read as plain weights.*VQGANConfig.*save its tensors alone"
     ):
         load_ibq(tmp_path / "odd.ckpt")

@@ -86,7 +86,10 @@ def read_state_dict(
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
         if held := re.search(r"GLOBAL (\S+)", str(error)):  # a type that only unpickling would bring back
-            reason = f"it holds a {held[1]}; where you trust the file, load it with weights_only=False and save the tensors alone"
+            reason = (
+                f"it holds a {held[1]}, which only unpickling would bring back, and that can run code; save its tensors alone "
+                "with the code that wrote it"
+            )
         raise CheckpointError(f"{path} cannot be read as plain weights: {reason}") from None
     for name in containers:
         if isinstance(data, dict) and isinstance(data.get(name), dict):
