@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ranks import run_on_ranks
 from tokgen.losses.contrastive import contrastive_loss
 
 BATCH, DIM = 6, 5
@@ -55,7 +56,6 @@ def test_label_smoothing_spreads_the_target():
 
 
 def work(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {}
     for name, groups in (("plain", None), ("groups", GROUPS)):
         images, texts = (x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in rows())
@@ -68,11 +68,10 @@ def work(rank: int, folder: str) -> None:
         loss.backward()
         results[negatives] = loss.detach(), images.grad, texts.grad
     torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    run_on_ranks(work, tmp_path)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
     for name, groups in (("plain", None), ("groups", GROUPS)):
         images, texts = (x.clone().requires_grad_() for x in rows())

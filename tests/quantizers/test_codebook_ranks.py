@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.ranks import run_on_ranks
 from tokgen.quantizers.base import build_quantizer, gather_over_ranks
 
 STEPS, DIM = 8, 4
@@ -41,23 +42,19 @@ def train(name: str, batches) -> tuple[dict, list]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     gathered = gather_over_ranks(torch.full((2 + rank, 3), float(rank)))
     results = {name: train(name, [batch(step, rank) for step in range(STEPS)]) for name in SPECS}
     # one rank alone may evaluate
     if rank == 0:
         quantizer = build_quantizer(SPECS["ema"], DIM).eval()
         quantizer(batch(0, 0))
-    torch.distributed.barrier()
     torch.save((gathered, results), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    run_on_ranks(work, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peak_memory import peak_of
 
+from tests.ranks import run_on_ranks
 from tokgen.errors import ConfigError
 from tokgen.quantizers.ibq import IBQ, index_backpropagation
 
@@ -166,14 +167,10 @@ def test_settings_that_cannot_work_are_named(options, message):
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
     quantizer = torch.nn.parallel.DistributedDataParallel(IBQ(4, 48, entropy_weight=0.0).train())
     stats = _step(quantizer, torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(7))[rank])
     torch.save((dict(quantizer.module.named_parameters()), stats), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _step(quantizer, z) -> dict:
@@ -186,7 +183,7 @@ def _step(quantizer, z) -> dict:
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    run_on_ranks(work, tmp_path)
     (one, stats), (two, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(one["codebook.weight"], two["codebook.weight"]) and stats == other
     torch.manual_seed(0)

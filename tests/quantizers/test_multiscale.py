@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ranks import run_on_ranks
 from tokgen.errors import ConfigError, InputError
 from tokgen.quantizers.base import build_quantizer
 from tokgen.quantizers.multiscale import MultiScale
@@ -173,8 +174,6 @@ def test_settings_that_cannot_work_are_named(scales, dropout):
 
 
 def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     quantizer = build("shared", dropout=0.5, revive_below=0.5, decay=0.6).train()
     masks, stats = [], []
     for step in range(8):
@@ -183,12 +182,11 @@ def _work(rank: int, folder: str) -> None:
         masks.append(out.mask[0])
         stats.append(out.stats)
     torch.save((quantizer.state_dict(), torch.stack(masks), stats), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_ranks_drop_the_same_scales_and_keep_one_codebook(tmp_path):
-    torch.multiprocessing.spawn(_work, (str(tmp_path),), nprocs=2)
+    run_on_ranks(_work, tmp_path)
     (state, masks, stats), (other, same, of_other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(masks, same) and not masks.all()
     assert all(torch.equal(state[key], other[key]) for key in state)

@@ -58,6 +58,7 @@ class VisualTokenizer(Pretrained):
 
     ndims: ClassVar[tuple[int, ...]] = (4,)  # that a batch of pixels may have: 4 for images, 5 for clips
     modality: ClassVar[str] = "pixels"  # the entry of a batch of data that is encoded
+    extras: ClassVar[tuple[str, ...]] = ()  # further entries of a batch that `encode` and `forward` take by these names
     reports: ClassVar[tuple[str, ...]] = ()  # stats that are (B,) in eval mode, which a validation averages
 
     # -- what a system implements -------------------------------------------------------------------------------------
