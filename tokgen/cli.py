@@ -59,21 +59,27 @@ def tokenize(
     resize: Literal["crop", "squash"] = "crop",
     max_samples: int = 10_000,
     keep: int | float | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    frame_stride: int = 1,
     device: str | None = None,
 ) -> None:
-    """Write code shards (ids and captions) of image shards, for generators to train on; continues an interrupted run.
+    """Write code shards (ids and captions) of image or video shards, for generators to train on; continues an interrupted run.
 
     Args:
-        shards: folder of image shards.
+        shards: folder of image shards, or of video shards, of each of which the clip in the middle is taken.
         model: folder or Hub name of the tokenizer.
         out: folder for the code shards.
         embed: image encoder whose embedding of each picture is stored too, for global alignment (ARRA): a folder, or a
             name such as "transformers:openai/clip-vit-large-patch14".
         size: side of the square images; without it they are taken as they are, or as the tokenizer needs them.
-        batch_size: images encoded at once.
+        batch_size: images or clips encoded at once.
         resize: how images become square.
         max_samples: samples in a shard.
         keep: of tokenizers that choose how many tokens a picture gets: a count, or a share such as 0.25.
+        frames: of videos, frames of a clip.
+        fps: of videos, frames a second; every frame of the file without it.
+        frame_stride: of videos, from one frame of the clip to the next, at that rate.
         device: such as "cuda:0"; the best there is without it.
     """
     from tokgen.precompute import tokenize_shards
@@ -87,7 +93,7 @@ def tokenize(
         encoder = load_encoder(embed).to(device or _best_device())
     report = tokenize_shards(
         tokenizer, shards, out, encoder=encoder, encoder_from=embed, size=size, batch_size=batch_size, resize=resize,
-        max_samples=max_samples, options=options,
+        max_samples=max_samples, options=options, frames=frames, fps=fps, frame_stride=frame_stride,
     )  # fmt: skip
     print(f"{report}; code shards are in {out}")
 
@@ -148,6 +154,59 @@ def motion(
 
     report = motion_shards(source, out, method=method, fps=fps, side=side, clips=clips, max_samples=max_samples)
     print(f"{report}; motion shards are in {out}")
+
+
+def trajectories(
+    videos: str,
+    out: str,
+    source: str = "voting",
+    set: list[str] | None = None,
+    size: int = 160,
+    resize: Literal["crop", "squash"] = "crop",
+    grid: int = 56,
+    fps: float | None = None,
+    max_frames: int = 3000,
+    workers: int = 0,
+    max_samples: int = 500,
+    picture: str | None = None,
+) -> None:
+    """Find which pixels of videos belong together through time; writes video shards with trajectories; continues a run.
+
+    Args:
+        videos: folder of video shards; or one video file, whose trajectories are written as OUT_mask.npz and OUT_graph.npz.
+        out: folder for the video shards with trajectories; of one video, what its files' names begin with.
+        source: what finds them: voting (on any computer), sam2, segmenter; or arrays, your own, with --set folder=DIR, where
+            DIR/KEY_mask.npz and DIR/KEY_graph.npz are those of the video KEY.
+        set: the source's settings, such as budget=64.
+        size: side of the square pictures that the source sees.
+        resize: how pictures become square, as in training.
+        grid: side of the square grid that trajectories are kept on.
+        fps: pictures a second, as in training; every frame of the file without it.
+        max_frames: videos of more pictures are left out.
+        workers: processes; 0 works in this one.
+        max_samples: samples in a shard.
+        picture: also draw the first video: a .png of some of its pictures, or a .gif or .mp4 of all.
+    """
+    from tokgen.trajectories.picture import check_picture, write_picture
+    from tokgen.trajectories.precompute import Frames, stored_clips, trajectory_shards, trajectory_sidecar
+
+    settings = {"type": source, **_assignments(set or [])}
+    if picture is not None:
+        check_picture(picture)
+    frames = Frames(size=size, resize=resize, grid=grid, fps=fps, max_frames=max_frames)
+    if Path(videos).is_file():
+        pictures, found = trajectory_sidecar(videos, out, settings, frames)
+        print(
+            f"{found.count} trajectories through {len(pictures.frames)} pictures, in {out}_mask.npz and {out}_graph.npz"
+        )
+    else:
+        report = trajectory_shards(videos, out, settings, frames, workers=workers, max_samples=max_samples)
+        print(f"{report}; video shards with trajectories are in {out}")
+        if picture is not None:
+            _, pictures, found = next(stored_clips(out))
+    if picture is not None:
+        write_picture(picture, pictures.frames, found, fps=pictures.fps)
+        print(f"drawn to {picture}")
 
 
 def encode(
@@ -263,17 +322,19 @@ def sample(
     negative_prompt: str | None = None,
     passes: list[tuple[float, float]] | None = None,
     scale: int = 1,
+    fps: float = 8.0,
     precision: Literal["float32", "bfloat16", "int8"] = "float32",
     speculative: int = 1,
     compile: bool = False,
     device: str | None = None,
 ) -> None:
-    """Draw pictures from text. Settings left out take the values published with the generator.
+    """Draw pictures or clips from text. Settings left out take the values published with the generator.
 
     Args:
         prompts: one or more texts.
         model: folder or Hub name of the generator; it names or holds its tokenizer.
-        out: the .png to write; several pictures become a grid. The effective settings are stored in it.
+        out: the .png to write; several pictures become a grid. The effective settings are stored in it. Clips can also be
+            written as .gif or .mp4; as .png, each is a row of its frames.
         num_images_per_prompt: pictures for each prompt.
         seed: picture i uses seed + i, so that it comes out the same in any batch.
         guidance_scale: 1 is no guidance.
@@ -286,18 +347,25 @@ def sample(
         passes: of generators that draw scale by scale: top_k and top_p of each further pass over a scale, such as
             "[[100, 0.8], [1, 1.0]]".
         scale: enlarge the pictures by this whole number when writing.
+        fps: frames a second of a .gif or .mp4.
         precision: of the generator; int8 keeps weights in 8 bits and is the fastest for few pictures.
         speculative: let an int8 copy guess this many steps ahead, checked by the generator in one call: the same
             pictures in fewer calls, which pays off where a call of many steps costs little more than one.
         compile: compile the decoding step; pays off for many or large pictures.
         device: such as "cuda:0"; the best there is without it.
     """
+    import torch
+
     from tokgen.generators.pipeline import TextToImagePipeline
     from tokgen.images import image_grid, write_png
 
     if not prompts or any(not p.strip() for p in prompts):
         raise InputError('a prompt is empty; say what to draw, such as "red heart, 3d style"')
     pipeline = TextToImagePipeline.from_pretrained(model, device=device or _best_device(), precision=precision)
+    frames, end = getattr(pipeline.generator.layout, "t", None), Path(out).suffix.lower()
+    if end != ".png" and (frames is None or end not in (".gif", ".mp4")):
+        kinds = ".png" if frames is None else ".png, .gif or .mp4"
+        raise InputError(f"what {model} draws is written as {kinds}; give --out a name that ends so instead of {out!r}")
     count = len(prompts) * num_images_per_prompt
     given = {
         "guidance_scale": guidance_scale, "schedule": guidance_schedule, "temperature": temperature,
@@ -317,10 +385,21 @@ def sample(
     pixels = result.images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     settings = {**result.settings, "prompts": prompts, "seed": seed, "num_images_per_prompt": num_images_per_prompt}
     columns = num_images_per_prompt if num_images_per_prompt > 1 else None
-    write_png(pixels[0] if count == 1 else image_grid(pixels, columns), out, settings)
+    if end != ".png":
+        from tokgen.trajectories.picture import write_video
+
+        clips = pixels if pixels.ndim == 5 else pixels[:, None]  # (B, T, 3, H, W)
+        grids = [image_grid(at, columns) for at in clips.unbind(1)]  # of each moment, all clips
+        write_video(torch.stack(grids).permute(0, 2, 3, 1).numpy(), out, fps)
+    elif pixels.ndim == 5:
+        write_png(image_grid(pixels.flatten(0, 1), pixels.shape[1]), out, settings)
+    else:
+        write_png(pixels[0] if count == 1 else image_grid(pixels, columns), out, settings)
     report = result.report
     steps = f", {report.steps_per_call:.1f} steps a call" if speculative > 1 else ""
-    print(f"{count} picture(s) drawn to {out}, {report.ids_per_second:.0f} tokens/s{steps}")
+    print(
+        f"{count} {'picture' if pixels.ndim == 4 else 'clip'}(s) drawn to {out}, {report.ids_per_second:.0f} tokens/s{steps}"
+    )
 
 
 def check(target: str) -> None:
@@ -474,12 +553,29 @@ def convert(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (pack, tokenize, features, motion, encode, decode, sample, check, convert)
+    f.__name__: f for f in (pack, tokenize, features, motion, trajectories, encode, decode, sample, check, convert)
 }
 POSITIONAL = {
-    "pack": ["source"], "tokenize": ["shards"], "features": ["shards"], "motion": ["source"], "encode": ["images"], "decode": ["tokens"],
+    "pack": ["source"], "tokenize": ["shards"], "features": ["shards"], "motion": ["source"],
+    "trajectories": ["videos", "out"], "encode": ["images"], "decode": ["tokens"],
     "sample": ["prompts"], "check": ["target"], "convert": ["family", "checkpoint"],
 }  # fmt: skip
+
+
+def _assignments(words: list[str]) -> dict[str, Any]:
+    """Of words key=value, where a value is written as in YAML. Raises InputError for another."""
+    import yaml
+
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not key.isidentifier():
+            raise InputError(f"--set takes key=value, such as budget=64, and not {word!r}")
+    return settings
 
 
 def _best_device() -> str:
@@ -545,6 +641,8 @@ def _parser(name: str) -> Any:
             parser.add_argument(key, **options)
         elif parameter.default is inspect.Parameter.empty:
             parser.add_argument(f"--{key}", required=True, **options)
+        elif hints[key] == (list[str] | None):
+            parser.add_argument(f"--{key}", default=parameter.default, **{**options, "type": str, "nargs": "+"})
         else:
             parser.add_argument(f"--{key}", default=parameter.default, **options)
     return parser
@@ -552,11 +650,11 @@ def _parser(name: str) -> Any:
 
 def _usage() -> str:
     lines = ["usage: tokgen COMMAND [OPTIONS]   (tokgen COMMAND --help says more)", ""]
-    lines.append("  fit        Train: tokgen fit -c tokenizers/vqgan-tiny.yaml -c train/cpu.yaml")
+    lines.append("  fit          Train: tokgen fit -c tokenizers/vqgan-tiny.yaml -c train/cpu.yaml")
     lines.append("  validate, test, predict   The same with a checkpoint: --ckpt_path PATH")
     for name, function in COMMANDS.items():
-        lines.append(f"  {name:<10} {(function.__doc__ or '').strip().splitlines()[0]}")
-    lines += ["", "  --debug    Show the traceback of an error", "  --version"]
+        lines.append(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
+    lines += ["", "  --debug      Show the traceback of an error", "  --version"]
     return "\n".join(lines)
 
 

@@ -17,9 +17,6 @@ predicts them, and as decoded motion does.
 from __future__ import annotations
 
 import argparse
-import functools
-import io
-import json
 import time
 from pathlib import Path
 
@@ -27,11 +24,11 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import tokgen
 from tokgen.data.motion import FRAMES, GROUP, METHODS, motion_map, motion_shards, read_clips
-from tokgen.data.tar import iter_samples
+from tokgen.data.synthetic import cutout, photograph, read_pictures
 from tokgen.images import image_grid, write_png
 from tokgen.quantizers.base import usage_stats
 from tokgen.tokenizers.video_lavit_motion import warp
@@ -39,33 +36,6 @@ from tokgen.tokenizers.video_lavit_motion import warp
 SHARDS = Path(__file__).resolve().parent / "shards"
 SIZE = (320, 180)  # width, height
 EMOJI = {"train": "train", "val": "heldout"}
-
-
-def read(split: str) -> list[tuple[bytes, dict]]:
-    """(WebP bytes, metadata) of a split's samples."""
-    found = []
-    for path in sorted((SHARDS / split).glob("*.tar")):
-        with open(path, "rb") as file:
-            for _, raw in iter_samples(file, extensions=("webp", "json"), max_member_bytes=1 << 20):
-                found.append((raw.members["webp"], json.loads(raw.members["json"])))
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def photograph(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-@functools.lru_cache(maxsize=256)
-def cutout(data: bytes) -> Image.Image:
-    """An emoji without the white around it."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    around = image.copy()
-    for corner in ((0, 0), (image.width - 1, 0), (0, image.height - 1), (image.width - 1, image.height - 1)):
-        ImageDraw.floodfill(around, corner, (255, 0, 254), thresh=30)
-    mask = (np.asarray(around) != (255, 0, 254)).any(-1)
-    image.putalpha(Image.fromarray((255 * mask).astype(np.uint8)))
-    return image
 
 
 def camera(rng: np.random.Generator, photo: Image.Image) -> np.ndarray:
@@ -179,11 +149,11 @@ def main() -> None:
     out, method = arguments.out, arguments.method
     if arguments.measure:
         return measure(arguments.measure, out / "clips/val", out / "train", method, arguments.picture)
-    photos = read("photos")
+    photos = read_pictures(SHARDS / "photos")
     for split, count in (("train", arguments.clips), ("val", max(1, arguments.clips // 10))):
         folder = out / "clips" / split
         folder.mkdir(parents=True, exist_ok=True)
-        own, emoji = [p for p in photos if p[1]["split"] == split], read(EMOJI[split])
+        own, emoji = [p for p in photos if p[1]["split"] == split], read_pictures(SHARDS / EMOJI[split])
         started = time.time()
         for i in range(count):
             rng = np.random.default_rng([arguments.seed, split == "val", i])

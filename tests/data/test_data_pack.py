@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from shard_makers import image_bytes
+from video_makers import video
 
 from tokgen.data import pack as pack_module
 from tokgen.data.pack import pack
@@ -120,18 +121,21 @@ def test_pack_videos_stay_bytes(tmp_path):
     source = tmp_path / "videos"
     source.mkdir()
     clips = {
-        "a.mp4": b"\0\0\0\x18ftypmp42" + bytes(50),
-        "b.webm": b"\x1a\x45\xdf\xa3" + bytes(50),
+        "a.mp4": video(4),
+        "b.webm": video(4, codec="libvpx-vp9", format="webm"),
         "c.mp4": b"not a video",
+        "d.mp4": b"\0\0\0\x18ftypmp42" + bytes(50),
     }
     for name, data in clips.items():
         (source / name).write_bytes(data)
         (source / name).with_suffix(".txt").write_text(f"clip {name}")
     report = pack(source, tmp_path / "out", progress=False)
-    assert (report.written, report.skipped) == (2, {"not a video file": 1})
+    assert (report.written, report.skipped) == (2, {"not a video file": 1, "unreadable video": 1})
     assert Manifest.load(tmp_path / "out").kind == "videos"
     samples = samples_in(tmp_path / "out")
     assert samples["a"]["mp4"] == clips["a.mp4"] and samples["b"]["webm"] == clips["b.webm"]
+    with pytest.raises(ConfigError, match="holds videos, which keep their bytes; leave size and format out"):
+        pack(source, tmp_path / "smaller", size=32, progress=False)
 
 
 def test_what_is_left_out_is_reported_by_reason(folder, tmp_path):

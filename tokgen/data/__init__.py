@@ -18,8 +18,11 @@ _HOME = {
     "ShardLoader": "tokgen.data.stream",
     "ShardWriter": "tokgen.data.shards",
     "ShardsDataModule": "tokgen.data.datamodule",
+    "UnreadableVideo": "tokgen.data.video",
+    "VideoReader": "tokgen.data.video",
     "build_manifest": "tokgen.data.shards",
     "decode_image": "tokgen.data.decode",
+    "open_video": "tokgen.data.video",
     "verify": "tokgen.data.shards",
 }
 __all__ = sorted(_HOME)
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # for editors; at run time __getattr__ below finds them
     from tokgen.data.pack import PackReport  # noqa: F401
     from tokgen.data.shards import Manifest, ShardWriter, build_manifest, verify  # noqa: F401
     from tokgen.data.stream import LoaderStats, ShardLoader  # noqa: F401
+    from tokgen.data.video import UnreadableVideo, VideoReader, open_video  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from tokgen.data.batches import Captions, CodeSamples, ImageSamples, MotionSamples, VideoSamples
+from tokgen.data.clips import ClipSamples
 from tokgen.data.decode import MAX_MEMBER_BYTES, MAX_PIXELS, BadSample
 from tokgen.data.shard_set import ShardSet, features_identity
 from tokgen.data.stream import ShardLoader
@@ -26,7 +27,9 @@ class ShardsDataModule(L.LightningDataModule):
       the shards hold features (`tokgen features`) of the very pictures that the batches hold
     - codes: {"ids": int64 (B, N[, C]), "mask": bool (B, N), "caption": list[str], "key": list[str]}, and
       "embedding", float32 (B, D), where the shards hold embeddings (`tokgen tokenize --embed`)
-    - videos: {"video": list[bytes], "caption": list[str], "key": list[str]}
+    - videos: {"pixels": uint8 (B, T, 3, S, S), "caption": list[str], "key": list[str]} with `frames`, and "trajectories",
+      int32 (B, T, h, w), where the shards hold them (`tokgen trajectories`): 0, 1, … in each clip, -1 where there is none;
+      without `frames` undecoded, {"video": list[bytes], "caption": list[str], "key": list[str]}
     - motion: {"motion": float32 (B, T, 2, h, w), "caption": list[str], "key": list[str]}; captions may be missing ("")
 
     Validation and test batches also hold "valid", bool (B,): False marks a repeat, which metrics must leave out. Every
@@ -37,10 +40,10 @@ class ShardsDataModule(L.LightningDataModule):
         train, val, test: shard folder or list of folders (paths, or http(s), s3, gs, hf locations).
         batch_size: samples per batch on each rank.
         num_workers: reader processes per rank.
-        image_size: side of the square images in pixels; None only with resize="none".
+        image_size: side of the square images, or frames, in pixels; None only with resize="none".
         resize: "crop" (central square), "random_crop" (a random square along the long side; central in validation),
             "squash" (aspect ratio lost) or "none" (images already have one size).
-        random_flip: mirror half of the training images or motion maps. Wrong for pictures with text, or captions with "left".
+        random_flip: mirror half of the training images, clips (with their trajectories) or motion maps. Wrong for pictures with text, or captions with "left".
         random_shift: move training images by up to this many pixels each way, edges repeated.
         shuffle_buffer: undecoded samples that each reader draws from.
         seed: orders, augmentations and caption choices follow from it.
@@ -56,12 +59,21 @@ class ShardsDataModule(L.LightningDataModule):
         multiprocessing_context: "fork", "spawn" or "forkserver"; None: Python's default.
         features: read the features of image shards. None: where the folders of all splits hold them from one encoder, for
             this image_size and resize, and pictures are not augmented; True: they must; False: never.
+        frames: T, frames of a clip. In training it starts anywhere in the video, in validation it is the middle one; a
+            shorter video repeats its last frame.
+        fps: frames a second that videos are seen at: the frames nearest in time to k / fps; None: every frame of the file.
+        frame_stride: from one frame of the clip to the next, at that rate.
+        video_backend: "av", "torchcodec", "decord", or "auto" for the first of these that is installed; see
+            `tokgen.data.video.open_video`.
+        trajectories: read the trajectories of video shards. None: where all folders hold them from one source; True: they
+            must; False: never. They fit only the fps and resize that they were made with.
 
     Attributes:
         kind: "images", "codes", "videos" or "motion" (after `setup`).
         meta: the manifest's meta (after `setup`); for codes the tokenizer's fingerprint, layout and codebook sizes, and
             "embedding", {"encoder": what made them, "dim": D, …}, where all samples have embeddings of one encoder; for
-            images "features", {"encoder", "fingerprint", "shape", …}, where batches hold them.
+            images "features", {"encoder", "fingerprint", "shape", …}, and for videos "trajectories", {"source", "grid", …},
+            where batches hold them.
     """
 
     def __init__(
@@ -87,6 +99,11 @@ class ShardsDataModule(L.LightningDataModule):
         filter: dict[str, Any] | None = None,
         multiprocessing_context: str | None = None,
         features: bool | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        frame_stride: int = 1,
+        video_backend: str = "auto",
+        trajectories: bool | None = None,
     ):
         super().__init__()
         self.folders = {"train": train, "val": val, "test": test}
@@ -100,7 +117,8 @@ class ShardsDataModule(L.LightningDataModule):
         self.allow_shell_urls = allow_shell_urls
         self.caption_variants, self.caption_word_dropout = caption_variants, caption_word_dropout
         self.filter, self.multiprocessing_context = filter, multiprocessing_context
-        self.features = features
+        self.features, self.trajectories = features, trajectories
+        self.frames, self.fps, self.frame_stride, self.video_backend = frames, fps, frame_stride, video_backend
         self._features: dict[str, Any] | None = None  # of the manifests; what batches hold, once the first set is open
         self.sets: dict[str, ShardSet] = {}
         self.loaders: dict[str, ShardLoader] = {}
@@ -130,6 +148,12 @@ class ShardsDataModule(L.LightningDataModule):
             if shards.kind == "codes" and shards.meta.get("tokenizer") != other.meta.get("tokenizer"):
                 raise DataError(
                     f"The codes of {first} and {split} were made by different tokenizers; use one for both."
+                )
+            made, wanted = (self._grid(each) and each.meta["trajectories"]["source"] for each in (shards, other))
+            if made != wanted:
+                raise DataError(
+                    f"The trajectories of {first} come from {wanted or 'nowhere'}, those of {split} from {made or 'nowhere'}; make both with one "
+                    f"`tokgen trajectories`, or leave them out with trajectories=False."
                 )
         world = self._world()[1]
         if "train" in self.sets and self.sets["train"].samples < world * self.batch_size:
@@ -195,6 +219,27 @@ class ShardsDataModule(L.LightningDataModule):
         wanted = self._features and features_identity({"features": self._features})
         return wanted is not None and features_identity(shards.meta) == wanted
 
+    def _grid(self, shards: ShardSet) -> tuple[int, int] | None:
+        """(h, w) of the trajectories that batches of that set hold; None for none."""
+        made = shards.meta.get("trajectories")
+        if shards.kind != "videos" or not self.frames or self.trajectories is False or not (made or self.trajectories):
+            return None
+        if not made:
+            raise ConfigError(
+                f"trajectories is true, and {shards.shards[0].folder} does not hold trajectories of one source in all its "
+                f"folders; make them with `tokgen trajectories`"
+            )
+        ours = {"fps": self.fps, "resize": self.resize}
+        other = [name for name, value in ours.items() if made[name] != value]
+        if other:
+            raise ConfigError(
+                f"The trajectories of {shards.shards[0].folder} were made for "
+                f"{' and '.join(f'{name} {made[name]}' for name in other)}, and the data module has "
+                f"{' and '.join(f'{name} {ours[name]}' for name in other)}; give it those, make the trajectories again, or "
+                f"leave them out with trajectories=False."
+            )
+        return tuple(made["grid"])
+
     def _check_first_sample(self, shards: ShardSet) -> None:
         """Decode the first good sample among the first few: wrong options show before training, not in a worker."""
         samples = self._samples(shards, train=False)
@@ -234,8 +279,9 @@ class ShardsDataModule(L.LightningDataModule):
 
     @property
     def meta(self) -> dict[str, Any]:
-        meta = self._any_set().meta
-        return meta if self._features else {k: v for k, v in meta.items() if k != "features"}
+        shards = self._any_set()
+        held = {"features": bool(self._features), "trajectories": self._grid(shards) is not None}
+        return {name: value for name, value in shards.meta.items() if held.get(name, True)}
 
     def _any_set(self) -> ShardSet:
         if not self.sets:
@@ -267,7 +313,19 @@ class ShardsDataModule(L.LightningDataModule):
         if shards.kind == "motion":
             shape = tuple(shards.meta.get("shape") or MotionSamples.shape)
             return MotionSamples(replace(captions, required=False), shape, self.random_flip, train)
-        return VideoSamples(captions)
+        if self.frames is None:
+            if self.trajectories:
+                raise ConfigError("trajectories is true, but without frames videos are not decoded; give frames")
+            return VideoSamples(captions)
+        if self.random_shift:
+            raise ConfigError("random_shift moves images and not clips; leave it at 0 for videos")
+        try:
+            return ClipSamples(
+                captions, self.frames, self.fps, self.frame_stride, self.image_size, self.resize, self.random_flip, train,
+                self.max_pixels, self._grid(shards), self.video_backend,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _loader(self, split: str, train: bool) -> ShardLoader:
         if not self.folders[split]:

@@ -21,7 +21,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mov", "mkv")
 EMBEDDING = "emb.npy"  # an image encoder's embedding of the whole picture, float (D,)
 FEATURES = "feat.npy"  # its features of the picture's places, float16 (N, C)
-EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json", "npy", "cls", EMBEDDING, FEATURES))
+TRAJECTORIES = "traj.npy"  # a video's trajectories, label + 1 (0: none), unsigned or int32 (T', h, w)
+_ARRAYS = ("npy", EMBEDDING, FEATURES, TRAJECTORIES)
+EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "json", "cls", *_ARRAYS))
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26  # 67 million: above any camera's picture that is worth training on, 200 MB decoded
@@ -268,6 +270,25 @@ def decode_motion(data: bytes, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
+def decode_trajectories(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """A video's trajectories, label + 1 (0 where there is none): uint8, uint16 or int32 (T', h, w), read-only.
+
+    Args:
+        shape: (T', h, w): positions of the video's timeline, and the grid.
+
+    Raises:
+        BadSample: "bad array" or "bad trajectories".
+    """
+    array = decode_npy(data)
+    if array.dtype not in (np.uint8, np.uint16, np.int32) or array.shape != tuple(shape):
+        raise BadSample(
+            "bad trajectories", f"{array.dtype} {array.shape}: uint8, uint16 or int32 {tuple(shape)} were expected"
+        )
+    if array.size and array.min() < 0:
+        raise BadSample("bad trajectories", f"number {array.min()}: 0 (none) or more was expected")
+    return array
+
+
 def decode_class(data: bytes) -> int:
     """A decimal class number. Raises BadSample("bad class")."""
     try:
@@ -287,5 +308,5 @@ def decode_member(extension: str, data: bytes, max_pixels: int = MAX_PIXELS) -> 
         return decode_image(data, max_pixels)
     if extension in VIDEO_EXTENSIONS:
         return data
-    arrays = dict.fromkeys(("npy", EMBEDDING, FEATURES), decode_npy)
+    arrays = dict.fromkeys(_ARRAYS, decode_npy)
     return {"txt": decode_text, "json": decode_json, "cls": decode_class, **arrays}[extension](data)

@@ -1,7 +1,8 @@
 """`pack`: a folder, csv or parquet of captioned pictures or videos becomes a folder of shards.
 
-Files keep their bytes unless `size` or `format` asks for re-encoding. Every picture is decoded once on the way, so a
-corrupt one is found here and not in training; what is left out is counted by reason in the report.
+Files keep their bytes unless `size` or `format` asks for re-encoding. Every picture is decoded once on the way, of every
+video its packets are read and its first, middle and last frame decoded; so a corrupt one is found here and not in training.
+What is left out is counted by reason in the report.
 """
 
 from __future__ import annotations
@@ -294,11 +295,17 @@ def _image_bytes(data: bytes, size: int | None, format: str | None, quality: int
 
 
 def _video_bytes(data: bytes, name: str) -> tuple[str, bytes]:
-    """(extension, bytes) of a file that starts like an MP4/QuickTime or Matroska/WebM container."""
+    """(extension, bytes) of a video of which beginning, middle and end decode."""
+    from tokgen.data.video import UnreadableVideo, open_video
+
     extension = name.rpartition(".")[2].lower()
     extension = extension if extension in VIDEO_EXTENSIONS else "mp4"
-    if not (data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or data[:4] == b"\x1a\x45\xdf\xa3"):
-        raise BadSample("not a video file")
+    try:
+        with open_video(data, name=name) as video:
+            for _ in video.frames(sorted({0, len(video) // 2, len(video) - 1})):
+                pass
+    except UnreadableVideo as error:
+        raise BadSample(error.reason, str(error)) from None
     return extension, data
 
 
@@ -361,8 +368,8 @@ def pack(
         root: folder that a table's relative paths start from; None: the table's own folder.
         path_column, caption_column: a table's columns; None: the first that is named path, image, file, filename,
             file_name, filepath or video; caption or text.
-        size: shrink pictures so that their short side has this many pixels; smaller ones stay as they are.
-        format: re-encode pictures as "webp", "png" or "jpg"; None: keep each one's format, and its bytes if `size` does
+        size: shrink pictures (not videos) so that their short side has this many pixels; smaller ones stay as they are.
+        format: re-encode pictures (not videos) as "webp", "png" or "jpg"; None: keep each one's format, and its bytes if `size` does
             not change it.
         quality: of re-encoded jpg and webp, 1 … 100 (100 is lossless for webp).
         seed: samples are packed in an order drawn from it, so that neighbours in a shard are not neighbours in the source;
@@ -399,6 +406,8 @@ def pack(
         found = _from_table(source, kind, Path(root) if root else source.parent, path_column, caption_column, captions)
     else:
         raise ConfigError(f"{source} is neither a folder nor a .csv, .tsv or .parquet file.")
+    if found.kind == "videos" and (size is not None or format is not None):
+        raise ConfigError(f"{source} holds videos, which keep their bytes; leave size and format out.")
     facts = dict(meta or {})
     if not captions:
         facts["captions"] = False

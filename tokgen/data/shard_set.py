@@ -86,6 +86,8 @@ class ShardSet:
             meta.pop("embedding", None)  # of some samples only, or not of one encoder: none that could be used
         if len({features_identity(manifest.meta) for manifest in manifests}) > 1:
             meta.pop("features", None)
+        if any(manifest.meta.get("trajectories") != meta.get("trajectories") for manifest in manifests):
+            meta.pop("trajectories", None)
         shards = tuple(
             Shard(name, shard.name, shard.samples, shard.bytes)
             for name, manifest in zip(names, manifests)

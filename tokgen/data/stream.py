@@ -322,7 +322,7 @@ class ShardLoader:
 
     Args:
         shards: the data set.
-        samples: an instance of `ImageSamples`, `CodeSamples`, `VideoSamples` or `MotionSamples`.
+        samples: an instance of `ImageSamples`, `CodeSamples`, `ClipSamples`, `VideoSamples` or `MotionSamples`.
         batch_size: samples per batch on each rank.
         rank, world: this process among all.
         num_workers: reader processes; 0 reads in this one. The order of samples depends on it.

@@ -1,0 +1,1 @@
+"""Trajectories: which pixels of a clip belong together through time, whoever found them."""
