@@ -1,25 +1,36 @@
 """What is computed once for a whole data set: code shards (ids, and embeddings of the pictures if wanted) for generators to
-train on, and features of a frozen encoder for semantic tokenizers to train on."""
+train on, of pictures or clips, and features of a frozen encoder for semantic tokenizers to train on."""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokgen.data.batches import resize_image
-from tokgen.data.decode import EMBEDDING, FEATURES, IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, BadSample, decode_image
+from tokgen.data.decode import (
+    EMBEDDING,
+    FEATURES,
+    IMAGE_EXTENSIONS,
+    MAX_MEMBER_BYTES,
+    BadSample,
+    decode_image,
+    decode_json,
+)
 from tokgen.data.shards import MANIFEST, PARTIAL, Manifest, ShardWriter
 from tokgen.data.tar import RawSample, iter_samples, join, open_bytes
 from tokgen.errors import DataError, InputError
 from tokgen.tokenizers.base import VisualTokenizer
+from tokgen.tokens import Tokens
 
 if TYPE_CHECKING:
     from tokgen.encoders.base import ImageEncoder
@@ -58,16 +69,21 @@ def tokenize_shards(
     resize: str = "crop",
     max_samples: int = 10_000,
     options: Mapping[str, Any] | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    frame_stride: int = 1,
     progress: bool = True,
 ) -> PrecomputeReport:
-    """Encode every image of a shard folder and write ids, captions and metadata as code shards.
+    """Encode every image, or a clip of every video, of a shard folder and write ids, captions and metadata as code shards.
 
-    A run that was interrupted continues where its last whole shard ended; a complete folder is left as it is.
+    Items of different numbers of tokens are written as long as they are. Of a video it is the clip that a data module takes in
+    validation, from its middle; where the shards hold its trajectories (`tokgen trajectories`) and the tokenizer takes them,
+    it gets them. A run that was interrupted continues where its last whole shard ended; a complete folder is left as it is.
 
     Args:
-        source: a folder of image shards with a manifest.
+        source: a folder of image or video shards with a manifest.
         out: folder of the code shards; its manifest names the tokenizer's fingerprint, layout and codebook sizes.
-        encoder: also embeds each picture, from the pixels that the tokenizer sees; float16 `KEY.emb.npy` of shape (D,).
+        encoder: of image shards; also embeds each picture, from the pixels that the tokenizer sees; float16 `KEY.emb.npy` of shape (D,).
             The manifest's meta then has "embedding": {"encoder": `encoder_from`, "name": its name, "dim": D}.
         encoder_from: what `load_encoder` made it from, as recipes write it; None takes its name.
         size: side of the square images; None takes the side that the tokenizer is made for, or else the images as they are
@@ -75,26 +91,60 @@ def tokenize_shards(
         resize: "crop" or "squash", see `tokgen.data.batches.resize_image`.
         max_samples: samples in a shard, and so the most that an interruption costs.
         options: given to `tokenizer.encode`, such as {"keep": 0.5} of LaVIT; kept in the manifest's meta if there are any.
+        frames, fps, frame_stride: of video shards, as those of `ShardsDataModule`; frames must be given.
 
     Raises:
-        DataError: the source is no folder of image shards, holds sizes that do not fit, an embedding is beyond float16,
-            or `out` was made with another tokenizer or encoder.
-        InputError: a tokenizer of something else than pictures, or a size that it does not take.
+        DataError: the source is no folder of image or video shards, holds sizes that do not fit, an embedding is beyond
+            float16, or `out` was made with another tokenizer or encoder.
+        ConfigError: frames, fps or resize that do not fit the videos or their trajectories.
+        InputError: a tokenizer of something else, or that gives more than ids, or a size that it does not take; an encoder or
+            no number of frames for videos, or one for pictures.
     """
-    if tokenizer.modality != "pixels" or 4 not in tokenizer.ndims:
-        raise InputError(f"{tokenizer.type_name} tokenizes no pictures, and code shards are made of pictures")
-    manifest = _image_manifest(source, "tokenizing")
+    manifest = Manifest.load(source)
+    clips = manifest.kind == "videos"
+    if not clips and manifest.kind != "images":
+        raise DataError(
+            f"{source} holds {manifest.kind}; tokenizing needs image or video shards, as `tokgen pack` writes them"
+        )
+    what = "clips" if clips else "pictures"
+    if tokenizer.modality != "pixels" or (5 if clips else 4) not in tokenizer.ndims:
+        raise InputError(f"{tokenizer.type_name} tokenizes no {what}, and {source} holds {manifest.kind}")
+    if clips and encoder is not None:
+        raise InputError(
+            "embeddings are of pictures, and there are none for the clips of video shards; leave the encoder out"
+        )
+    if clips != (frames is not None):
+        raise InputError(
+            f"{source} holds {manifest.kind}; give frames, those of a clip, for video shards and only for them"
+        )
     tokenizer = tokenizer.eval()
     size = tokenizer.image_size[0] if size is None and tokenizer.image_size is not None else size
     report = PrecomputeReport("tokenized")
     options = dict(options or {})
-    first = _first_picture(source, manifest, size, resize)
-    layout = tokenizer.encode(first[None], **options).layout
+    read: _Reader = _Pictures(size, resize)
+    about: dict[str, Any] = {"folder": Path(source).name, "size": size, "resize": resize, **options}
+    if clips:
+        timing = {"frames": frames, "fps": fps, "frame_stride": frame_stride}
+        wanted = None if "trajectories" in tokenizer.extras else False  # where there are any
+        resize = "none" if size is None else resize
+        read = _Clips(source, image_size=size, resize=resize, trajectories=wanted, **timing)
+        about |= timing | {name: read.meta[name] for name in tokenizer.extras if name in read.meta}
+
+    def encoded(batch: dict[str, Tensor]) -> Tokens:
+        extras = {name: batch[name] for name in tokenizer.extras if name in batch}
+        return tokenizer.encode(batch["pixels"], **extras, **options)
+
+    first = encoded({name: value[None] for name, value in _first(source, manifest, read).items()})
+    if first.side:
+        raise InputError(
+            f"{tokenizer.type_name} gives {', '.join(first.side)} beside its ids, which code shards do not hold"
+        )
+    layout = first.layout
     meta = {
         "tokenizer": tokenizer.fingerprint,
         "layout": layout.to_dict(),
         "codebook_sizes": list(tokenizer.codebook_sizes),
-        "source": {"folder": Path(source).name, "size": size, "resize": resize, **options},
+        "source": about,
     }
     if encoder is not None:
         encoder = encoder.eval()
@@ -102,22 +152,32 @@ def tokenize_shards(
     small = max(tokenizer.codebook_sizes) <= 2**15
     with ShardWriter(out, kind="codes", meta=meta, max_samples=max_samples, resume=True) as writer:
         report.kept = writer.samples
-        pictures = _pictures(source, manifest, size, resize, writer, report, progress)
-        for samples, pixels in _batches(source, pictures, batch_size, tokenizer.factor):
-            tokens = tokenizer.encode(pixels, **options)
+        items = _items(source, manifest, read, writer, report, progress)
+        for samples, batch in _batches(source, items, batch_size, tokenizer.factor):
+            tokens = encoded(batch)
             if tokens.layout != layout:
-                raise DataError(f"images of different sizes in one set ({tokens.layout} and {layout}); give size=")
+                raise DataError(f"{what} of different sizes in one set ({tokens.layout} and {layout}); give size=")
             embeddings = [None] * len(samples)
             if encoder is not None:
-                embeddings = _half(encoder, "embeddings", encoder.embed, pixels, "use one that normalises them")
+                embeddings = _half(
+                    encoder, "embeddings", encoder.embed, batch["pixels"], "use one that normalises them"
+                )
             for raw, item, embedding in zip(samples, tokens.cpu(), embeddings):
                 ids = item.ids[0, : int(item.lengths[0])].numpy()
                 members = {"npy": ids.astype(np.int16 if small else np.int32)}
                 if embedding is not None:
                     members[EMBEDDING] = embedding
-                writer.write(raw.key, {**members, **_members(raw, ("txt", "json"))})
+                writer.write(raw.key, {**members, **_about_codes(raw, len(ids))})
                 report.written += 1
     return report
+
+
+def _about_codes(raw: RawSample, length: int) -> dict[str, bytes]:
+    """Caption and metadata; "length" is in code shards the number of ids, whatever it was in those that they are made of."""
+    kept = _members(raw, ("txt", "json"))
+    if b'"length"' in kept.get("json", b""):
+        kept["json"] = json.dumps({**decode_json(kept["json"]), "length": length}).encode()
+    return kept
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
@@ -158,7 +218,8 @@ def feature_shards(
     """
     manifest = _image_manifest(source, "precomputing features")
     encoder = encoder.eval()
-    first = _first_picture(source, manifest, size, resize)
+    first = _first(source, manifest, _Pictures(size, resize))["pixels"]
+    read = _Pictures(size, resize)
     if size is None:
         size, resize = first.shape[-1], "none"
     features = _half(encoder, "features", encoder.features, first[None])
@@ -175,10 +236,9 @@ def feature_shards(
     meta = {**manifest.meta, "features": made}
     with ShardWriter(out, kind="images", meta=meta, max_samples=max_samples, resume=True) as writer:
         report.kept = writer.samples
-        pictures = _pictures(
-            source, manifest, None if resize == "none" else size, resize, writer, report, progress, "computing features"
-        )
-        for samples, pixels in _batches(source, pictures, batch_size):
+        items = _items(source, manifest, read, writer, report, progress, "computing features")
+        for samples, batch in _batches(source, items, batch_size):
+            pixels = batch["pixels"]
             if tuple(pixels.shape[-2:]) != (size, size):
                 raise DataError(
                     f"sample {samples[0].key} of {source} is {tuple(pixels.shape[-2:])}, and without size= all images "
@@ -209,7 +269,7 @@ def _as_begun(out: str | os.PathLike[str], made: dict[str, Any]) -> dict[str, An
     return made
 
 
-# -- pictures in ------------------------------------------------------------------------------------------------------
+# -- pictures and clips in ----------------------------------------------------------------------------------------------
 
 
 def _image_manifest(source: str | os.PathLike[str], doing: str) -> Manifest:
@@ -219,52 +279,93 @@ def _image_manifest(source: str | os.PathLike[str], doing: str) -> Manifest:
     return manifest
 
 
-def _first_picture(source, manifest: Manifest, size: int | None, resize: str) -> Tensor:
-    # the first readable picture says what the whole set is like
-    for _, pixels in _pictures(source, manifest, size, resize, (), PrecomputeReport(), False):
-        return pixels
-    raise DataError(f"{source} holds no readable image")
+class _Reader(Protocol):
+    """From a sample to tensors by name, "pixels" among them. Raises BadSample."""
+
+    extensions: tuple[str, ...]
+
+    def __call__(self, raw: RawSample) -> dict[str, Tensor]: ...
 
 
-def _pictures(
-    source, manifest: Manifest, size, resize, done, report: PrecomputeReport, progress: bool, doing: str = "tokenizing"
-) -> Iterator[tuple[RawSample, Tensor]]:
+@dataclass(frozen=True)
+class _Pictures:
+    """{"pixels": uint8 (3, H, W)}, squares of that size or as they are."""
+
+    size: int | None
+    resize: str
+    extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "txt", "json")
+
+    def __call__(self, raw: RawSample) -> dict[str, Tensor]:
+        data = next((raw.members[e] for e in IMAGE_EXTENSIONS if e in raw.members), None)
+        if data is None:
+            raise BadSample("no image")
+        pixels = decode_image(data)
+        return {"pixels": pixels if self.size is None else resize_image(pixels, self.size, self.resize)}
+
+
+class _Clips:
+    """{"pixels": uint8 (T, 3, S, S)} and, where the shards hold them, {"trajectories": int32 (T, h, w)}, as a data module of these
+    settings reads the videos of a folder in validation."""
+
+    def __init__(self, source: str | os.PathLike[str], **settings: Any) -> None:
+        from tokgen.data.datamodule import ShardsDataModule
+
+        data = ShardsDataModule(val=os.fspath(source), **settings)
+        data.setup("validate")  # it knows what fits the videos and their trajectories
+        self.meta = data.meta
+        self.read = data._samples(data.sets["val"], train=False)
+        self.extensions = tuple({*self.read.extensions, "txt", "json"})
+
+    def __call__(self, raw: RawSample) -> dict[str, Tensor]:
+        return {name: value for name, value in self.read(raw, random.Random(0)).items() if isinstance(value, Tensor)}
+
+
+def _first(source: str | os.PathLike[str], manifest: Manifest, read: _Reader) -> dict[str, Tensor]:
+    # the first readable one says what the whole set is like
+    for _, item in _items(source, manifest, read, (), PrecomputeReport(), False):
+        return item
+    raise DataError(f"{source} holds no readable {manifest.kind.removesuffix('s')}")
+
+
+def _items(
+    source, manifest: Manifest, read: _Reader, done, report: PrecomputeReport, progress: bool, doing: str = "tokenizing"
+) -> Iterator[tuple[RawSample, dict[str, Tensor]]]:
     from rich.progress import track
 
     shards = track(manifest.shards, f"{doing}, by shards") if progress else manifest.shards
-    extensions = (*IMAGE_EXTENSIONS, "txt", "json")
     for shard in shards:
         with open_bytes(join(os.fspath(source), shard.name)) as file:
-            for _, raw in iter_samples(file, extensions=extensions, max_member_bytes=MAX_MEMBER_BYTES):
+            for _, raw in iter_samples(file, extensions=read.extensions, max_member_bytes=MAX_MEMBER_BYTES):
                 if raw.key in done:
                     continue
-                data = next((raw.members[e] for e in IMAGE_EXTENSIONS if e in raw.members), None)
                 try:
-                    if raw.problem or data is None:
-                        raise BadSample(raw.problem or "no image")
-                    pixels = decode_image(data)
+                    if raw.problem:
+                        raise BadSample(raw.problem)
+                    item = read(raw)
                 except BadSample as bad:
                     report.skipped[bad.reason] = report.skipped.get(bad.reason, 0) + 1
                     continue
-                yield raw, pixels if size is None else resize_image(pixels, size, resize)
+                yield raw, item
 
 
 def _batches(
-    source, pictures: Iterator[tuple[RawSample, Tensor]], batch_size: int, factor: int = 1
-) -> Iterator[tuple[list[RawSample], Tensor]]:
-    """Samples, and their pictures as uint8 (B, 3, H, W)."""
-    while batch := list(islice(pictures, batch_size)):
-        for raw, pixels in batch:
-            if pixels.shape[-1] % factor or pixels.shape[-2] % factor:
+    source, items: Iterator[tuple[RawSample, dict[str, Tensor]]], batch_size: int, factor: int = 1
+) -> Iterator[tuple[list[RawSample], dict[str, Tensor]]]:
+    """Samples, and what was read of them: pixels as uint8 (B, 3, H, W) or (B, T, 3, H, W)."""
+    while batch := list(islice(items, batch_size)):
+        for raw, item in batch:
+            height, width = item["pixels"].shape[-2:]
+            if height % factor or width % factor:
                 raise DataError(
-                    f"sample {raw.key} of {source} is {tuple(pixels.shape[1:])}, not a multiple of {factor}; give size="
+                    f"sample {raw.key} of {source} is {(height, width)}, not a multiple of {factor}; give size="
                 )
-        sizes = {tuple(pixels.shape) for _, pixels in batch}
+        sizes = {tuple(item["pixels"].shape) for _, item in batch}
         if len(sizes) > 1:
             raise DataError(
                 f"images of different sizes {sorted(sizes)[:3]} in one set; give size= to bring them to one"
             )
-        yield [raw for raw, _ in batch], torch.stack([pixels for _, pixels in batch])
+        names = batch[0][1]
+        yield [raw for raw, _ in batch], {name: torch.stack([item[name] for _, item in batch]) for name in names}
 
 
 def _members(raw: RawSample, extensions: Iterable[str]) -> dict[str, bytes]:

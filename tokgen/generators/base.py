@@ -38,7 +38,8 @@ class GeneratorOutput:
     Attributes:
         loss: the weighted sum of `losses`, a scalar.
         logits: float32 (B, N, K), or (B, N, C, max K) for C codebooks, -inf beyond a codebook's size; in the layout's
-            own order, each position's prediction of its own id.
+            own order, each position's prediction of its own id. Where items end by themselves, N is one more than the batch
+            has, up to the layout's length, and the first codebook's K includes the end.
         losses: the terms as they enter `loss`, by name ("ce", "z_loss", "text").
         stats: detached scalars for the log ("accuracy").
         text_logits: float32 (B, T, text vocabulary), the prediction of the next text id; None unless asked for.
@@ -108,8 +109,9 @@ class Generator(Pretrained):
 
         Args:
             prompt, prompt_mask: the condition and which of it is real, as `encode_prompts` gives them.
-            code_ids: int64 (B, N) or (B, N, C), N the layout's length.
-            code_mask: bool (B, N), True where an id counts in the loss; None means all.
+            code_ids: int64 (B, N) or (B, N, C), N the layout's length, or at most that where items end by themselves.
+            code_mask: bool (B, N), True where an id counts in the loss; None means all. Where items end it says how long they
+                are: real positions come first.
             z_loss: weight of mean(log^2 sum exp logits).
             label_smoothing: of the code cross-entropy.
             text_loss: weight of the cross-entropy of the next text id; above 0 `text_logits` are computed.
@@ -168,6 +170,10 @@ class Generator(Pretrained):
             self.text.to(self.device)
         return self.text.encode(prompts, self.max_text, pad_to)
 
+    def counted(self, mask: Tensor) -> Tensor:
+        """How many predictions the means of the loss are over, for a batch's code mask, bool (B, N)."""
+        return mask.sum() * len(self.codebook_sizes)
+
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[str | int], **arguments: Any) -> Tokens:
@@ -199,7 +205,8 @@ class Generator(Pretrained):
         """Draw one image's tokens for each prompt.
 
         Arguments left at None take the value in `self.generation`, else the default of `SamplingSettings`, which explains
-        them. Every image has exactly the layout's length of ids.
+        them. Every image has exactly the layout's length of ids; of a generator whose items end by themselves, a mask says
+        which are real.
 
         Args:
             prompts: B captions, or classes by name or number; "" is unconditional.
@@ -259,8 +266,9 @@ class Generator(Pretrained):
             compile=compile,
             progress=progress,
         )
+        real = ids[..., 0] >= 0  # (B, N)
         ids = ids if len(self.codebook_sizes) > 1 else ids[..., 0]
-        return Tokens(ids, self.layout, self.codebook_sizes, tokenizer=self.tokenizer_fingerprint), report
+        return Tokens(ids, self.layout, self.codebook_sizes, real, self.tokenizer_fingerprint), report
 
     def draw(
         self, prompt: Tensor, prompt_mask: Tensor, settings: SamplingSettings, seeds: Sequence[int], **how: Any
@@ -268,7 +276,7 @@ class Generator(Pretrained):
         """The loop behind `sample`, on the condition's tensors: see `decoding.generate`, whose keywords `how` are.
 
         Returns:
-            ids int64 (B, N, C) in the layout's order, and what was done.
+            ids int64 (B, N, C) in the layout's order, -1 after the end of an item that has ended, and what was done.
         """
         from tokgen.generators import decoding
 

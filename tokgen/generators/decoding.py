@@ -1,7 +1,8 @@
 """The decoding loop: `prefill` runs the prompt, `decode_block` one call of the transformer, `generate` loops.
 
 Conditional and unconditional rows go through the model as one batch, over a static cache. The grammar needs no masks: the
-number of steps follows from the layout, and a step's logits are those of its own codebook alone.
+number of steps follows from the layout, and a step's logits are those of its own codebook alone. Where items end by themselves
+(see `ends`), a step that may end has one id more, and the loop ends with the last item.
 
 **Speculative decoding.** With its noise fixed, a step's ids are a function of the ids before it (Gumbel-max). So a whole
 block of W steps can be guessed, run through the transformer in one call, and checked: the first step of the block is right,
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokgen.errors import ConfigError, MissingDependency
+from tokgen.generators.ends import DRAW, DRAW_OR_END, Endings, check_drawing, open_ends
 from tokgen.generators.sampling import Noise, SamplingSettings, choose, guidance_weights
 from tokgen.generators.token_shuffle import from_windows, to_windows
 from tokgen.nn.attention import KVCache, prefix_attention
@@ -38,8 +40,6 @@ from tokgen.tokens import Grid
 if TYPE_CHECKING:
     from tokgen.generators.base import Generator
     from tokgen.generators.llama import Head, LlamaGenerator
-
-DRAW = -1  # in `fixed`: this id is drawn, not given
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def draw_steps(
         codebook: of the first step.
         noise: each step's, (images, slots, K of its codebook); None at temperature 0.
         weight: guidance weight of each step (m,), or None.
-        fixed: int64 (images, m, slots), ids that are given, and -1 where one is drawn; None draws all.
+        fixed: int64 (images, m, slots), ids that are given, and `DRAW` or `DRAW_OR_END` where one is drawn; None draws all.
 
     Returns:
         int64 (images, m, slots).
@@ -111,7 +111,8 @@ def draw_steps(
         w = None if weight is None else weight[part]
         given = None if fixed is None else fixed[:, part]
         if model.window_head is None:
-            out[:, part] = _keep(choose(model.code_logits(slots[:, part], own, head), some, w, settings), given)
+            last = given[..., 0] == DRAW_OR_END if model.end is not None and own == 0 else None
+            out[:, part] = _keep(choose(model.code_logits(slots[:, part], own, head), some, w, settings, last), given)
             continue
         before = torch.empty(len(hidden), slots[:, part].shape[1], 0, dtype=torch.int64, device=hidden.device)
         for k in range(model.slots):
@@ -127,7 +128,7 @@ def draw_steps(
 
 
 def _keep(ids: Tensor, given: Tensor | None) -> Tensor:
-    return ids if given is None else torch.where(given == DRAW, ids, given)
+    return ids if given is None else torch.where(given < 0, ids, given)
 
 
 def prefill(model: LlamaGenerator, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
@@ -216,7 +217,7 @@ def generate(
     compile: bool = False,
     progress: bool = False,
 ) -> tuple[Tensor, SamplingReport]:
-    """Draw one image's ids for each row of the prompt; always exactly the layout's length.
+    """Draw one image's ids for each row of the prompt; always exactly the layout's length, but for items that end.
 
     Args:
         prompt, prompt_mask: the condition's tensors, B rows.
@@ -229,13 +230,15 @@ def generate(
         draft: model that guesses, of the same condition, layout and codebooks; None guesses without one.
 
     Returns:
-        ids int64 (B, N, C) in the layout's order, and what was done.
+        ids int64 (B, N, C) in the layout's order, -1 after the end of an item, and what was done.
 
     Raises:
-        ConfigError: `speculative` below 1, or a draft of other steps or codes.
+        ConfigError: `speculative` below 1, a draft of other steps or codes, or what items that end do not have.
     """
     if speculative < 1:
         raise ConfigError(f"speculative={speculative}; expected a number of steps of at least 1")
+    if model.end is not None:
+        check_drawing(model, speculative, compile)
     if draft is not None:
         _check_draft(model, draft, speculative)
     training = model.training
@@ -270,16 +273,17 @@ def _generate(
     weights = guidance_weights(settings, model.steps).to(device) if guided else None
     noise = _StepNoise(model, seeds, device) if settings.temperature > 0 else None
 
-    fixed = _as_steps(model, given)  # (images, S, slots) or None
+    fixed = _as_steps(model, given, images)  # (images, S, slots) or None
+    endings = Endings(model, images, device)
     done = 0 if fixed is None else _leading(fixed)
     out = torch.zeros(images, model.steps, model.slots, dtype=torch.int64, device=device)
     if fixed is not None:
-        out = torch.where(fixed == DRAW, out, fixed)
-    given_ids = 0 if fixed is None else int((fixed != DRAW).sum())
+        out = torch.where(fixed < 0, out, fixed)
+    given_ids = 0 if fixed is None else int((fixed >= 0).sum())
 
     run = _Run(model, prompt, prompt_mask, guided, compile)
     if done < model.steps:
-        out[:, done : done + 1] = run.prefill(out, done, noise, weights, fixed, settings)
+        out[:, done : done + 1] = endings.take(run.prefill(out, done, noise, weights, fixed, settings), done)
         done += 1
     first = done
     guesser = None
@@ -293,7 +297,7 @@ def _generate(
 
     width = max(min(speculative, model.steps - first), 1)
     with progress_bar(model.steps - first, progress) as advance:
-        while done < model.steps:
+        while done < model.steps and not endings.over:
             low = min(done, model.steps - width)  # at the end the block reaches back, so that its width stays
             if noise is not None:
                 noise.forget(min(low, drafted))
@@ -304,7 +308,7 @@ def _generate(
                     ids = guesser.step(out, k, 1, noise, weights, fixed, settings)
                     if k >= done:
                         out[:, k : k + 1] = ids
-            drawn = run.step(out, low, width, noise, weights, fixed, settings)
+            drawn = endings.take(run.step(out, low, width, noise, weights, fixed, settings), low)
             skip = done - low  # steps of the block that were final before
             # the guesses that turned out right, over all images
             hit = (drawn == out[:, low : low + width])[:, skip:-1].all(-1).all(0)
@@ -314,19 +318,20 @@ def _generate(
             drafted = min(low + width - 1, done)
             advance(accepted)
     synchronise(device)
+    ids = endings.cut(from_windows(out, model.order, codebooks))
     report = SamplingReport(
         settings=settings,
         seeds=tuple(seeds),
         images=images,
-        ids=out.numel() - given_ids,
-        steps=0 if not run.calls else model.steps - first + 1,
+        ids=int((ids != DRAW).sum()) - given_ids,
+        steps=0 if not run.calls else done - first + 1,
         calls=run.calls,
         draft_calls=0 if guesser is None else guesser.calls,
         prefill_seconds=prefilled - start,
         decode_seconds=time.perf_counter() - prefilled,
         compiled=compile,
     )
-    return from_windows(out, model.order, codebooks), report
+    return ids, report
 
 
 def with_unconditional(
@@ -412,7 +417,9 @@ class _StepNoise:
     """The noise of each step, drawn once and in order, and kept until it is forgotten."""
 
     def __init__(self, model: LlamaGenerator, seeds: Sequence[int], device: torch.device) -> None:
-        self.noise, self.slots, self.sizes = Noise(seeds, device), model.slots, model.codebook_sizes
+        first, *others = model.codebook_sizes
+        self.noise, self.slots = Noise(seeds, device), model.slots
+        self.sizes = (first + (model.end is not None), *others)
         self.kept: dict[int, Tensor] = {}
         self.following = 0
 
@@ -442,17 +449,20 @@ def _check_draft(model: LlamaGenerator, draft: LlamaGenerator, speculative: int)
         )
 
 
-def _as_steps(model: LlamaGenerator, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    if given is None:
+def _as_steps(model: LlamaGenerator, given: tuple[Tensor, Tensor] | None, images: int) -> Tensor | None:
+    if given is None and model.end is None:
         return None
-    ids, stays = given
-    steps = to_windows(ids.masked_fill(~stays, DRAW), model.order.cpu())
+    if given is None:
+        ids = torch.full((images, model.layout.length, len(model.codebook_sizes)), DRAW)
+    else:
+        ids = given[0].masked_fill(~given[1], DRAW)
+    steps = to_windows(ids if model.end is None else open_ends(ids), model.order.cpu())
     return steps.to(model.device)
 
 
 def _leading(fixed: Tensor) -> int:
     """Steps from the start that are given in all images."""
-    whole = (fixed != DRAW).all(-1).all(0)
+    whole = (fixed >= 0).all(-1).all(0)
     return int(whole.int().cumprod(0).sum())
 
 

@@ -32,6 +32,7 @@ from tokgen.errors import ConfigError, InputError
 from tokgen.generators.base import Generator, GeneratorOutput
 from tokgen.generators.code_vectors import CodeVectors
 from tokgen.generators.conditions import ClassCondition, FeatureCondition, Prompts, TextCondition
+from tokgen.generators.ends import End, code_losses, code_targets, together, with_room
 from tokgen.generators.token_shuffle import (
     TokenShuffle,
     TokenUnshuffle,
@@ -95,6 +96,9 @@ class LlamaConfig:
         code_head: what predicts a code: "linear", one map to all of them, or "codebook", a map to the codebook's width and
             the inner product with each vector. That one starts at zero, whatever the codebook's scale.
         code_dim, code_layers: for "codebook": width of its vectors, and layers of the projector.
+        ends: for codes of which items have different numbers: an item is drawn until it ends, see `tokgen.generators.ends`.
+            The layout's length is the most positions.
+        field_embedding: add to a code's embedding a vector of its codebook, for positions of many codebooks.
         token_dropout, attention_dropout, residual_dropout, ffn_dropout: on the input sequence, attention weights,
             attention output and feed-forward output.
         code_dropout: share of steps whose input is zeroed in training, so that what follows is learned from the condition
@@ -132,6 +136,8 @@ class LlamaConfig:
     code_head: str = "linear"
     code_dim: int = 0
     code_layers: int = 2
+    ends: bool = False
+    field_embedding: bool = False
     token_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -170,6 +176,8 @@ class LlamaConfig:
             raise ConfigError(f"dim={self.dim} is not a multiple of window^2={self.window**2}")
         if self.window_head == "autoregressive" and self.window == 1:
             raise ConfigError("window_head='autoregressive' needs a window above 1; a window of 1 has one slot")
+        if self.ends and self.window > 1:
+            raise ConfigError(f"ends=True needs window=1; an item may end within a window of {self.window}")
         if self.reads_codebook and (len(self.codebook_sizes) > 1 or self.code_dim < 1 or self.code_layers < 1):
             raise ConfigError(
                 f"code_embedding or code_head 'codebook' needs one codebook (here {len(self.codebook_sizes)}), code_dim "
@@ -185,16 +193,9 @@ class LlamaConfig:
         for name in needed[self.condition]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; condition={self.condition!r} needs at least 1")
-        for name in (
-            "token_dropout",
-            "attention_dropout",
-            "residual_dropout",
-            "ffn_dropout",
-            "code_dropout",
-            "caption_dropout",
-        ):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected 0 <= {name} < 1")
+        for name, value in vars(self).items():
+            if name.endswith("_dropout") and not 0 <= value < 1:
+                raise ConfigError(f"{name}={value}; expected 0 <= {name} < 1")
 
 
 class LlamaGenerator(Generator):
@@ -231,6 +232,7 @@ class LlamaGenerator(Generator):
         self.rep = nn.Parameter(torch.empty(c.dim)) if c.rep_token else None
         by_vector = c.code_embedding == "codebook"
         self.tok_embeddings = None if by_vector else nn.Embedding(starts[-1], c.dim)
+        self.fields = nn.Embedding(len(self.codebook_sizes), c.dim) if c.field_embedding else None
         self.codes: CodeVectors | None = None
         if c.reads_codebook:
             self.codes = CodeVectors(starts[-1], c.code_dim, c.dim, c.code_layers if by_vector else 0)
@@ -262,6 +264,7 @@ class LlamaGenerator(Generator):
         )
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = Linear(c.dim, c.code_dim if c.code_head == "codebook" else starts[-1], bias=False)
+        self.end = End(c.dim) if c.ends else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -286,20 +289,20 @@ class LlamaGenerator(Generator):
         """Take every weight of `source`, which may have another grid or window; positions are computed, not stored.
 
         Returns:
-            names of the weights that `source` does not have (of windows and their head) and that stay as initialised.
+            names of the weights that `source` does not have (of windows and their head, ends, fields) and that stay as initialised.
 
         Raises:
             ConfigError: weights of `source` that have no place here, or another shape.
         """
         theirs, own = source.state_dict(), self.state_dict()
-        grown = ("shuffle.", "unshuffle.", "window_head.", "rep")
+        grown = ("shuffle.", "unshuffle.", "window_head.", "rep", "end.", "fields.")
         lost = [k for k in theirs if k not in own and not k.startswith(grown)]
         missing = [k for k in own if k not in theirs and not k.startswith(grown)]
         shapes = [k for k in theirs if k in own and theirs[k].shape != own[k].shape and not k.startswith(grown)]
         if lost or missing or shapes:
             names = ", ".join([*lost, *missing, *shapes][:4])
             raise ConfigError(
-                f"cannot start from a generator of other sizes: {names} differ; only grid, window, its head and rep_token may"
+                f"cannot start from a generator of other sizes: {names} differ; only grid, window, its head, rep_token, ends and field_embedding may"
             )
         taken = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
         self.load_state_dict(taken, strict=False)
@@ -358,6 +361,9 @@ class LlamaGenerator(Generator):
     def embed(self, ids: Tensor, codebook: int = 0) -> Tensor:
         """Inputs (B, m, dim) of m consecutive steps (B, m, slots), the first of which is of the given codebook."""
         x = self.embed_codes(self.shared_ids(ids, codebook))  # (B, m, slots, dim)
+        if self.fields is not None:
+            own = torch.arange(codebook, codebook + ids.shape[1], device=ids.device) % len(self.codebook_sizes)
+            x = x + self.fields(own)[:, None]
         return self.shuffle(x) if self.config.window > 1 else x[:, :, 0]
 
     def embed_codes(self, shared: Tensor) -> Tensor:
@@ -417,7 +423,7 @@ class LlamaGenerator(Generator):
         return self.output.weight, None
 
     def code_logits(self, slots: Tensor, codebook: int, head: Head) -> Tensor:
-        """float32 logits (..., K) over one codebook's own ids."""
+        """float32 logits (..., K) over one codebook's own ids; with ends K is one more for the first, and the last of it the end."""
         low, high = self.codebook_ranges[codebook]
         weight, bias = head
         if len(self.codebook_sizes) > 1:
@@ -426,7 +432,12 @@ class LlamaGenerator(Generator):
             out = weight.linear(slots, bias)
         else:
             out = linear(slots, weight, bias)
-        return (self.codes.logits(out) if self.config.code_head == "codebook" else out).float()
+        out = (self.codes.logits(out) if self.config.code_head == "codebook" else out).float()
+        return out if self.end is None or codebook else torch.cat([out, self.end(slots)], -1)
+
+    def counted(self, mask: Tensor) -> Tensor:
+        ends = 0 if self.end is None else (mask.any(1) & (mask.sum(1) < self.layout.length)).sum()
+        return super().counted(mask) + ends
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """float32 logits (B, T, text_vocab) of the next text id; the head is the text embedding, transposed."""
@@ -476,7 +487,7 @@ class LlamaGenerator(Generator):
         text_loss: float = 0.0,
         hidden_of: int | None = None,
     ) -> GeneratorOutput:
-        """See `Generator.forward`. The cross-entropy is the mean over all real ids.
+        """See `Generator.forward`. The cross-entropy is the mean over all real ids and, with ends, over the ends.
 
         Raises:
             InputError: code_ids of another length or number of codebooks than the configuration's.
@@ -484,10 +495,13 @@ class LlamaGenerator(Generator):
         """
         codebooks = len(self.codebook_sizes)
         ids = code_ids if code_ids.ndim == 3 else code_ids[..., None]  # (B, N, C)
-        if ids.shape[1:] != (self.layout.length, codebooks):
+        real = torch.ones_like(ids[..., 0], dtype=torch.bool) if code_mask is None else code_mask  # (B, N)
+        if self.end is not None and ids.shape[2] == codebooks:
+            ids, real = with_room(ids, real, self.layout.length)
+        elif ids.shape[1:] != (self.layout.length, codebooks):
             raise InputError(
                 f"code_ids have shape {tuple(code_ids.shape)}; expected {self.layout.length} ids of {codebooks} "
-                f"codebook(s) per item, as in {self.layout}"
+                f"codebook(s) per item, as in {self.layout}; where items have different numbers of them, set ends"
             )
         if text_loss and self.config.condition != "text":
             raise ConfigError(f"text_loss needs condition='text', not {self.config.condition!r}; set it to 0")
@@ -495,7 +509,8 @@ class LlamaGenerator(Generator):
             raise ConfigError(f"hidden_of={hidden_of}; expected a block from 1 to {len(self.layers)}")
         x, prefix_mask = self.prefix(prompt, prompt_mask)
         p = x.shape[1]
-        steps = to_windows(ids, self.order)  # (B, S, slots)
+        order = self.order[: ids.shape[1]]  # with ends of as many positions as the batch has
+        steps = to_windows(ids, order)  # (B, S, slots)
         codes = self.embed(steps[:, :-1])  # (B, S - 1, dim)
         if self.training and self.config.code_dropout:
             codes = codes * (torch.rand_like(codes[..., :1]) >= self.config.code_dropout)
@@ -506,46 +521,31 @@ class LlamaGenerator(Generator):
         rope, mask = (cos[:, :length], sin[:, :length]), prefix_attention(prefix_mask, length)
         # Nothing is read from the text positions of the last block unless they predict text: 5 % of a step saved.
         keep = 0 if text_loss else p - 1
-        states = None
         if hidden_of is not None and hidden_of < len(self.layers):
             x = self.blocks(x, rope, mask, part=(0, hidden_of))
             states = x[:, p - 1 :]
             hidden = self.blocks(x, rope, mask, keep=keep, part=(hidden_of, len(self.layers)))
         else:
             hidden = self.blocks(x, rope, mask, keep=keep)
-            states = hidden[:, -self.steps :] if hidden_of is not None else None
+            states = hidden[:, -steps.shape[1] :] if hidden_of is not None else None
 
-        slots = self.to_slots(hidden[:, -self.steps :])  # (B, S, slots, channels)
+        slots = self.to_slots(hidden[:, -steps.shape[1] :])  # (B, S, slots, channels)
         if self.window_head is not None:
             slots = self.within_window(slots, self.shared_ids(steps)[..., :-1])
-        slots = from_windows(slots, self.order, codebooks)  # (B, N, C, channels), in the layout's order
+        slots = from_windows(slots, order, codebooks)  # (B, N, C, channels), in the layout's order
         head = self.head()
-        keep = torch.ones_like(ids[..., 0], dtype=torch.bool) if code_mask is None else code_mask  # (B, N)
-        count = keep.sum() * codebooks
         logits = [self.code_logits(slots[:, :, c], c, head) for c in range(codebooks)]
-        targets = [ids[..., c].masked_fill(~keep, -100) for c in range(codebooks)]
-        losses = {
-            "ce": sum(
-                F.cross_entropy(l.flatten(0, 1), t.flatten(), reduction="sum", label_smoothing=label_smoothing)
-                for l, t in zip(logits, targets)
-            )
-            / count
-        }
-        if z_loss:
-            losses["z_loss"] = z_loss * sum((l.logsumexp(-1).square() * keep).sum() for l in logits) / count
+        targets = code_targets(ids, real, None if self.end is None else self.codebook_sizes[0])
+        losses, accuracy = code_losses(logits, targets, label_smoothing, z_loss)
         text_logits = None
         if text_loss:
             text_logits = self.text_logits(hidden[:, : prompt.shape[1]])
             following = prompt[:, 1:].masked_fill(~prompt_mask[:, 1:], -100)
             ce = F.cross_entropy(text_logits[:, :-1].flatten(0, 1), following.flatten(), reduction="sum")
             losses["text"] = text_loss * ce / prompt_mask[:, 1:].sum().clamp(min=1)  # every caption may be dropped
-        with torch.no_grad():
-            accuracy = sum((l.argmax(-1) == t).sum() for l, t in zip(logits, targets)) / count
-        widest = max(self.codebook_sizes)
-        padded = [F.pad(l, (0, widest - l.shape[-1]), value=-math.inf) for l in logits] if codebooks > 1 else logits
         return GeneratorOutput(
             loss=sum(losses.values()),
-            logits=torch.stack(padded, 2) if codebooks > 1 else logits[0],
+            logits=together(logits),
             losses=losses,
             stats={"accuracy": accuracy},
             text_logits=text_logits,

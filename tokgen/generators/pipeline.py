@@ -1,4 +1,4 @@
-"""Text to pictures in diffusers' habits: a generator and the visual tokenizer of its codes, as one callable.
+"""Text to pictures, or to clips, in diffusers' habits: a generator and the visual tokenizer of its codes, as one callable.
 
 >>> pipe = TextToImagePipeline.from_pretrained("assets/demo/generator")
 >>> pipe("red heart, 3d style", generator=0).images[0].save("heart.png")
@@ -36,9 +36,9 @@ class TextToImageOutput:
     """What a call of the pipeline gives, B = prompts x num_images_per_prompt, the images of one prompt together.
 
     Attributes:
-        images: B PIL images (of a video, B lists of frames), or float (B, 3, H, W) tensor, or float (B, H, W, 3) array,
-            in [0, 1]; None for output_type "tokens".
-        tokens: the ids behind them.
+        images: B PIL images, or float (B, 3, H, W) tensor, or float (B, H, W, 3) array, in [0, 1]; of clips B lists of PIL
+            images, (B, T, 3, H, W), or (B, T, H, W, 3); None for output_type "tokens".
+        tokens: the ids behind them; of a generator whose items end by themselves, their mask says which are real.
         settings: plain data that draws them again: prompts, seeds, sampling settings, fingerprints, version.
         report: timings.
     """
@@ -50,7 +50,7 @@ class TextToImageOutput:
 
 
 class TextToImagePipeline:
-    """Draw pictures of captions.
+    """Draw pictures or clips of captions.
 
     Args:
         generator: captions to tokens.

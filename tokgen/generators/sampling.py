@@ -176,13 +176,20 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: flo
     return logits
 
 
-def choose(logits: Tensor, noise: Tensor | None, weight: Tensor | None, settings: SamplingSettings) -> Tensor:
+def choose(
+    logits: Tensor,
+    noise: Tensor | None,
+    weight: Tensor | None,
+    settings: SamplingSettings,
+    last: Tensor | None = None,
+) -> Tensor:
     """Ids of m steps.
 
     Args:
         logits: float32 (rows, m, slots, K); with guidance the first half of the rows is conditional, the second not.
         noise: Gumbel, (images, m, slots, K); None at temperature 0.
         weight: the steps' guidance weights (m,); None without guidance.
+        last: bool (images, m), where the last of the K ids may be drawn; None: everywhere.
 
     Returns:
         int64 (images, m, slots).
@@ -190,6 +197,9 @@ def choose(logits: Tensor, noise: Tensor | None, weight: Tensor | None, settings
     if weight is not None:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + weight[:, None, None] * (conditional - unconditional)
+    if last is not None:
+        never = ~last[..., None, None] & (torch.arange(logits.shape[-1], device=logits.device) == logits.shape[-1] - 1)
+        logits = logits.masked_fill(never, -math.inf)
     if noise is None:
         return logits.argmax(-1)
     logits = filter_logits(logits / settings.temperature, settings.top_k, settings.top_p, settings.min_p)

@@ -136,7 +136,7 @@ class SampleGrid(Callback):
         if not trainer.is_global_zero:
             return
         tokenizer.to(tokens.device)
-        pictures = tokenizer.decode(dataclasses.replace(tokens, tokenizer=""))
+        pictures = tokenizer.pictures(tokenizer.decode(dataclasses.replace(tokens, tokenizer="")))
         path = Path(trainer.default_root_dir) / "images" / f"samples-{pl_module.step:07d}.png"
         grid = image_grid(pictures, min(self.columns, len(pictures)))
         write_png(grid, path, {"prompts": prompts, "seed": self.seed, "step": pl_module.step})

@@ -1,9 +1,8 @@
-"""Training a generator: the next id, given the caption and the ids before it; on code shards, or on pictures that are
-tokenized on the fly. Beside it, if asked for, ARRA's global alignment (Xie et al. 2025, arXiv 2503.07334)."""
+"""Training a generator: the next id, given the caption and the ids before it; on code shards, or on pictures and clips that
+are tokenized on the fly. Beside it, if asked for, ARRA's global alignment (Xie et al. 2025, arXiv 2503.07334)."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import math
@@ -30,6 +29,7 @@ from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
 from tokgen.training.captions import Text, learned_vocabulary, made_once, named_vocabulary, training_captions
+from tokgen.training.sharding import gathered
 
 log = logging.getLogger(__name__)
 BY_VECTORS = "reads codes by their vectors"
@@ -79,7 +79,7 @@ class Alignment:
 
 class GeneratorModule(TrainingModule):
     """A generator, what reads its prompts, and the loss. Layout, codebook sizes and the tokenizer's fingerprint come from
-    the shards or, for image shards, from `visual_tokenizer` and the data's `image_size`.
+    the shards or, for image and video shards, from `visual_tokenizer` and the data's `image_size` and `frames`.
 
     Args:
         generator: a name registered in `tokgen.generators` ("llama", "tokenflow-t2i").
@@ -89,8 +89,8 @@ class GeneratorModule(TrainingModule):
         visual_tokenizer: folder or Hub name of the tokenizer that made the codes. It is checked against the shards,
             decodes the sample grid, and goes into the published folder. None: no grid, and the folder names none. Generators
             that read codes by their vectors need it.
-            Given image shards, it makes the codes of every batch, frozen and in float32: slower than code shards, but
-            with the data's augmentations.
+            Given image or video shards, it makes the codes of every batch, frozen and in float32: slower than code shards,
+            but with the data's augmentations.
         generation: default sampling settings of the published generator (fields of `SamplingSettings`); the sample grid
             uses them.
         schedule, accumulate, clip, max_bad_steps: see `TrainingModule`.
@@ -208,28 +208,31 @@ class GeneratorModule(TrainingModule):
             }
             if self.visual_tokenizer is not None:
                 self._check_tokenizer(self.visual_tokenizer)
-        elif kind == "images" and self.visual_tokenizer is not None:
-            self._facts = self._facts_of_images(data.image_size)
+        elif kind in ("images", "videos") and self.visual_tokenizer is not None:
+            self._facts = self._facts_of_pixels(data.image_size, data.frames if kind == "videos" else None)
         else:
             raise ConfigError(
                 f"GeneratorModule trains on code shards and was given {kind}; make them with `tokgen tokenize`, or give "
-                "visual_tokenizer to tokenize images in training"
+                "visual_tokenizer to tokenize images or clips in training"
             )
         if self.alignment is not None:
             self._embeddings = self._find_embeddings(data)
         self._text = self._make_text(stage)
 
-    def _facts_of_images(self, size: int | None) -> dict[str, Any]:
+    def _facts_of_pixels(self, size: int | None, frames: int | None) -> dict[str, Any]:
         tokenizer = self.visual_tokenizer
-        if size is None or size % tokenizer.factor:
+        if size is None or size % tokenizer.factor or (self.trainer.datamodule.kind == "videos" and frames is None):
             raise ConfigError(
-                f"data.image_size is {size}; tokenizing images in training needs a multiple of {tokenizer.factor}"
+                f"data.image_size is {size}; tokenizing in training needs a multiple of {tokenizer.factor}, and data.frames "
+                "for clips"
             )
+        clip = torch.zeros(1, 3, size, size) if frames is None else torch.zeros(1, frames, 3, size, size)
+        extras = {name: torch.zeros(1, frames or 1, 1, 1, dtype=torch.int32) for name in tokenizer.extras}
         for frozen in (tokenizer, self.encoder):
             if frozen is not None:
                 frozen.to(self.trainer.strategy.root_device)
         return {
-            "layout": tokenizer.encode(torch.zeros(1, 3, size, size)).layout.to_dict(),
+            "layout": tokenizer.encode(clip, **extras).layout.to_dict(),
             "codebook_sizes": tuple(tokenizer.codebook_sizes),
             "tokenizer_fingerprint": tokenizer.fingerprint,
         }
@@ -466,14 +469,15 @@ class GeneratorModule(TrainingModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of image shards as one of code shards, ids and embeddings of the same pixels; others as they are.
+        """A batch of image or video shards as one of code shards, of the same pixels; others as they are.
 
         Without autocast, so that the codes are those that `tokgen tokenize` writes.
         """
         if "pixels" not in batch:
             return batch
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            tokens = self.visual_tokenizer.encode(batch["pixels"])
+            extras = {name: batch[name] for name in self.visual_tokenizer.extras if name in batch}
+            tokens = self.visual_tokenizer.encode(batch["pixels"], **extras)
             made = {"ids": tokens.ids, "mask": tokens.mask}
             if self.encoder is not None:
                 made["embedding"] = self.encoder.embed(batch["pixels"])
@@ -486,7 +490,9 @@ class GeneratorModule(TrainingModule):
         output = self.generator.loss(batch, hidden_of=self.alignment.block, **weights)
         states = output.hidden  # (B, S, dim)
         codebooks = batch["mask"][..., None].expand(-1, -1, len(self.generator.codebook_sizes))  # (B, N, C)
-        mask = to_windows(codebooks, self.generator.order).any(-1)  # (B, S), steps that predict a code which counts
+        order = self.generator.order[: codebooks.shape[1]]
+        mask = to_windows(codebooks, order).any(-1)  # (B, S), steps that predict a code which counts
+        states = states[:, : mask.shape[1]]  # without the ends
         if self.alignment.target == "rep":  # the first step is predicted from it
             states, mask = states[:, :1], mask.any(1, keepdim=True)
         distance = alignment_loss(self.projector(states), batch["embedding"], mask)
@@ -528,7 +534,7 @@ class GeneratorModule(TrainingModule):
         mask = batch["mask"]
         if batch.get("valid") is not None:
             mask = mask & batch["valid"].bool()[:, None]
-        codes = mask.sum().double() * len(self.generator.codebook_sizes)
+        codes = self.generator.counted(mask).double()
         output = self.loss({**batch, "mask": mask})
         sums = {"codes": codes, "loss": codes * output.losses["ce"], "accuracy": codes * output.stats["accuracy"]}
         if self.alignment is not None:
@@ -561,19 +567,6 @@ class GeneratorModule(TrainingModule):
     def export(self, folder: Path, write: bool) -> None:
         generator = self.generator
         if self.device_mesh is not None:
-            generator = _gathered(generator)
+            generator = gathered(generator)
         if write:
             generator.save_pretrained(folder, tokenizer=self.visual_tokenizer)
-
-
-def _gathered(generator: Generator) -> Generator:
-    """An unsharded copy on the CPU of a sharded generator; collective."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state = get_model_state_dict(generator, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    whole = type(generator)(copy.deepcopy(generator.config), generator.text)
-    if state:  # rank zero alone receives it
-        whole.load_state_dict(state)
-    for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
-        setattr(whole, name, getattr(generator, name))
-    return whole

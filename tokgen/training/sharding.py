@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+if TYPE_CHECKING:
+    from tokgen.generators.base import Generator
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -26,3 +31,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+
+def gathered(generator: Generator) -> Generator:
+    """An unsharded copy on the CPU of a sharded generator; collective."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(generator, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = type(generator)(copy.deepcopy(generator.config), generator.text)
+    if state:  # rank zero alone receives it
+        whole.load_state_dict(state)
+    for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
+        setattr(whole, name, getattr(generator, name))
+    return whole
