@@ -140,7 +140,10 @@ class Scales(Layout):
 
 
 class Trajectories(Layout):
-    """Up to `n` tokens of the objects of a clip of `t` frames of `h` x `w`; the count follows the scene."""
+    """Up to `n` trajectories of a clip of `t` frames on a grid of `h` x `w`, one token each; the count follows the scene.
+
+    The largest come first, and every prefix decodes: to a clip of the first trajectories alone.
+    """
 
     def __init__(self, t: int, h: int, w: int, n: int) -> None:
         self.t, self.h, self.w, self.n = int(t), int(h), int(w), int(n)
@@ -150,6 +153,9 @@ class Trajectories(Layout):
     @property
     def length(self) -> int:
         return self.n
+
+    def prefixes(self) -> tuple[int, ...]:
+        return tuple(range(1, self.n + 1))
 
     def arguments(self) -> dict[str, Any]:
         return {"t": self.t, "h": self.h, "w": self.w, "n": self.n}

@@ -187,6 +187,7 @@ QUANTIZERS: Registry[Quantizer] = Registry(
         "lfq": "tokgen.quantizers.lfq:LFQ",
         "bsq": "tokgen.quantizers.lfq:BSQ",
         "residual-vq": "tokgen.quantizers.residual:ResidualVQ",
+        "residual-fsq": "tokgen.quantizers.residual_fsq:ResidualFSQ",
         "dual-vq": "tokgen.quantizers.dual:DualVQ",
     },
 )

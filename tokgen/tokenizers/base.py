@@ -20,6 +20,7 @@ TOKENIZERS: Registry[VisualTokenizer] = Registry(
         "lavit": "tokgen.tokenizers.lavit:LAVIT",
         "seed": "tokgen.tokenizers.seed:SEED",
         "tokenflow": "tokgen.tokenizers.tokenflow:TokenFlow",
+        "trajectory": "tokgen.tokenizers.trajectory:TrajectoryTokenizer",
         "vqgan": "tokgen.tokenizers.vqgan:VQGAN",
         "video-lavit-motion": "tokgen.tokenizers.video_lavit_motion:MotionTokenizer",
     },

@@ -114,10 +114,10 @@ class AutoencoderModule(TrainingModule):
         compile: bool = False,
     ) -> None:
         super().__init__(schedule, accumulate, clip, max_bad_steps)
-        pictures = 4 in tokenizer.ndims
+        pictures = tokenizer.modality == "pixels"  # or clips, whose frames are pictures
         if not pictures and (loss.disc_weight > 0 or loss.perceptual != "none"):
             raise ConfigError(
-                f"{tokenizer.type_name} does not decode to pictures (B, 3, H, W), which perceptual loss and discriminator look "
+                f"{tokenizer.type_name} does not decode to pictures or clips, which perceptual loss and discriminator look "
                 "at; set loss.perceptual none and loss.disc_weight 0"
             )
         self.tokenizer, self.terms = tokenizer, loss
@@ -160,6 +160,7 @@ class AutoencoderModule(TrainingModule):
                     module.compile()
         self._sums: dict[str, Tensor] = {}
         self._counts: list[Tensor] = []
+        self._reported: set[str] = set()  # which of the tokenizer's reports there were
 
     def _freeze(self, train_only: list[str] | None) -> list[nn.Module]:
         """Freeze all but the named modules. Returns the outermost modules that hold nothing that is trained."""
@@ -231,20 +232,23 @@ class AutoencoderModule(TrainingModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
-        """What the tokenizer takes of the batch: pictures, float (B, 3, H, W) in [0, 1]; or motion, float (B, T, 2, h, w)."""
+        """What the tokenizer takes of the batch: pictures (B, 3, H, W) or clips (B, T, 3, H, W), float in [0, 1]; or motion, float
+        (B, T, 2, h, w)."""
         pixels = batch[self.tokenizer.modality]
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / 255
         return pixels.contiguous(memory_format=self.memory_format) if pixels.ndim == 4 else pixels
 
     def reconstruct(self, pixels: Tensor, batch: dict[str, Any]) -> TokenizerOutput:
-        """The tokenizer's forward, with the teacher's features of the same pixels if there is one."""
+        """The tokenizer's forward, with what else it takes of the batch, and the teacher's features of the same pixels if there is
+        one."""
+        extras = {name: batch[name] for name in self.tokenizer.extras if name in batch}
         if self.teacher is None:
-            return self.tokenizer(pixels)
+            return self.tokenizer(pixels, **extras)
         target = batch.get("features")
         with torch.no_grad():
             target = self.teacher.features(pixels) if target is None else target.float()
-        return self.tokenizer(pixels, target=target)
+        return self.tokenizer(pixels, target=target, **extras)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         optimizers = self.optimizers()
@@ -301,18 +305,18 @@ class AutoencoderModule(TrainingModule):
         """
         weights = self.terms
         output = self.reconstruct(pixels, batch)
-        picture = output.reconstruction.detach().float().requires_grad_()  # (B, 3, H, W)
+        picture = output.reconstruction.detach().float().requires_grad_()  # (B, 3, H, W), or (B, T, 3, H, W) of clips
         terms: dict[str, Tensor] = {}
 
         terms["reconstruction"] = reconstruction_loss(picture, pixels, weights.reconstruction)
         of_picture = weights.reconstruction_weight * terms["reconstruction"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(picture, pixels)
+            terms["perceptual"] = self.perceptual(frames(picture), frames(pixels))
             of_picture = of_picture + weights.perceptual_weight * terms["perceptual"]
         (gradient,) = torch.autograd.grad(of_picture, picture)
         if disc_speaks:
             kind = weights.disc_generator_loss or weights.disc_loss
-            terms["adversarial"] = generator_loss(self.discriminator(picture * 2 - 1), kind)
+            terms["adversarial"] = generator_loss(self.discriminator(frames(picture) * 2 - 1), kind)
             (adversarial,) = torch.autograd.grad(terms["adversarial"], picture)
             weight = torch.full_like(terms["adversarial"], weights.disc_weight)
             if weights.adaptive:
@@ -338,8 +342,8 @@ class AutoencoderModule(TrainingModule):
 
     def discriminator_step(self, pixels: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Forward and backward of the discriminator. Returns its detached terms and mean logits, by name."""
-        real = self.discriminator(pixels * 2 - 1)  # (B, 1, h, w)
-        fake = self.discriminator(reconstruction.float() * 2 - 1)
+        real = self.discriminator(frames(pixels) * 2 - 1)  # (B, 1, h, w)
+        fake = self.discriminator(frames(reconstruction).float() * 2 - 1)
         terms = {"disc": discriminator_loss(real, fake, self.terms.disc_loss)}
         loss = terms["disc"]
         if self.lecam is not None:
@@ -355,6 +359,7 @@ class AutoencoderModule(TrainingModule):
         zero = lambda: torch.zeros((), dtype=torch.float64, device=self.device)  # noqa: E731
         self._sums = {k: zero() for k in ("images", "psnr", "mse", "l1", "perceptual", *self.tokenizer.reports)}
         self._counts = [torch.zeros(k, dtype=torch.int64, device=self.device) for k in self.tokenizer.codebook_sizes]
+        self._reported = set()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         pixels = self.pixels(batch)
@@ -368,8 +373,10 @@ class AutoencoderModule(TrainingModule):
         psnr = -10 * mse.clamp(min=1e-10).log10()
         sums = {"images": torch.ones_like(psnr), "psnr": psnr, "mse": mse, "l1": error.abs().mean(1)}
         if self.perceptual is not None:
-            sums["perceptual"] = self.perceptual.per_image(reconstruction, pixels)
+            each = self.perceptual.per_image(frames(reconstruction), frames(pixels))
+            sums["perceptual"] = each.view(len(pixels), -1).mean(1)
         sums |= {name: output.stats[name] for name in self.tokenizer.reports if name in output.stats}  # each (B,)
+        self._reported |= sums.keys()
         for name, value in sums.items():
             self._sums[name] += value[valid].double().sum()
         ids = output.tokens.ids[valid]  # (b, N) or (b, N, C)
@@ -387,7 +394,7 @@ class AutoencoderModule(TrainingModule):
         sums = dict(zip(self._sums, totals))
         images = sums.pop("images").clamp(min=1)
         left_out = ("perceptual",) if self.perceptual is None else ()
-        left_out += self.tokenizer.reports if self.teacher is None else ()
+        left_out += tuple(name for name in self.tokenizer.reports if name not in self._reported)
         metrics = {f"val/{k}": v / images for k, v in sums.items() if k not in left_out}
         stats = [usage_stats(sum_over_ranks(c)) for c in self._counts]  # over the whole set
         for name in stats[0]:
@@ -402,12 +409,18 @@ class AutoencoderModule(TrainingModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tokens:
         """Tokens of the batch's valid pictures."""
-        tokens = self.tokenizer.encode(batch[self.tokenizer.modality])
+        extras = {name: batch[name] for name in self.tokenizer.extras if name in batch}
+        tokens = self.tokenizer.encode(batch[self.tokenizer.modality], **extras)
         return tokens if batch.get("valid") is None else tokens[batch["valid"].bool()]
 
     def export(self, folder: Path, write: bool) -> None:
         if write:
             self.tokenizer.save_pretrained(folder)
+
+
+def frames(pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as they are; of clips (B, T, 3, H, W) all frames, (B T, 3, H, W)."""
+    return pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
 
 
 def _adamw(parameters: Iterable[Any]) -> Optimizer:
