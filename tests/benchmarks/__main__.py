@@ -1,6 +1,6 @@
 """`make bench`: one table of ratios with medians.
 
-python -m tests.benchmarks [NAME ...] runs the named parts (quantizers, sampling, data, optimizer), or all of them.
+python -m tests.benchmarks [NAME ...] runs the named parts (quantizers, sampling, data, video, trajectories, optimizer), or all of them.
 """
 
 from __future__ import annotations
