@@ -1,0 +1,1 @@
+"""What `tokgen COMMAND` does: functions whose signature and docstring are the command line. See `tokgen.cli`."""
