@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tokgen.encoders.base import ENCODERS
+from tokgen.encoders.base import ENCODERS, VIDEO_ENCODERS
 from tokgen.errors import CheckpointError
 from tokgen.generators.base import GENERATORS
 from tokgen.pretrained import CONFIG, Pretrained, read_config, resolve
 from tokgen.tokenizers.base import TOKENIZERS
+from tokgen.trajectories.segmenter import SEGMENTERS
+
+REGISTRIES = (TOKENIZERS, GENERATORS, ENCODERS, VIDEO_ENCODERS, SEGMENTERS)
 
 
 def load(path_or_repo: str | os.PathLike[str], revision: str | None = None, device: str | None = None) -> Any:
-    """The tokenizer, generator or encoder of a folder or a Hub repository ('owner/name'), in eval mode.
+    """The tokenizer, generator, encoder or segmenter of a folder or a Hub repository ('owner/name'), in eval mode.
 
     Args:
         revision: branch, tag or commit of a Hub repository.
@@ -25,11 +28,11 @@ def load(path_or_repo: str | os.PathLike[str], revision: str | None = None, devi
     """
     folder = resolve(path_or_repo, revision)
     name = read_config(folder).get("type")
-    for registry in (TOKENIZERS, GENERATORS, ENCODERS):
+    for registry in REGISTRIES:
         if name in registry:
             module = registry[name].from_pretrained(folder)
             return module if device is None else module.to(device)
-    known = ", ".join([*TOKENIZERS.names(), *GENERATORS.names(), *ENCODERS.names()])
+    known = ", ".join(name for registry in REGISTRIES for name in registry.names())
     raise CheckpointError(f"{folder / CONFIG} is of type {name!r}, which this version does not know; it knows {known}")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tokgen.encoders.contrastive import VideoContrastiveConfig, VideoContrastiveEncoder
 from tokgen.generators.base import GENERATORS, Generator
 from tokgen.training.end_to_end import PARTS
 from tokgen.training.lightning_cli import TokgenLightningCLI
@@ -79,10 +80,18 @@ TOKENIZER_SIZES = {
     "lavit": (1_819_112_450, ()),
     "tokenflow": (181_902_251, ("semantic_encoder",)),
     "video-lavit-motion": (158_443_554, ()),
+    "trajectory": (131_245_195, ()),
 }
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("tokenizers/*.yaml")), ids=lambda f: f.stem)
+def has_tokenizer(recipe: Path) -> bool:
+    """Others train what tokenizers see with: an encoder, a segmenter."""
+    return "tokenizer" in yaml.safe_load(recipe.read_text())["model"]["init_args"]
+
+
+@pytest.mark.parametrize(
+    "recipe", [*filter(has_tokenizer, sorted(ROOT.glob("tokenizers/*.yaml")))], ids=lambda f: f.stem
+)
 def test_tokenizer_recipe_builds(recipe):
     settings = yaml.safe_load(recipe.read_text())["model"]["init_args"]["tokenizer"]
     module, _, name = settings["class_path"].rpartition(".")
@@ -98,6 +107,18 @@ def test_tokenizer_recipe_builds(recipe):
         assert sum(p.numel() for p in tokenizer.parameters()) == parameters
         default = cls.config_class.ibq() if recipe.stem in ("ibq", "ett") else cls.config_class()
         assert {k for k, v in vars(tokenizer.config).items() if v != getattr(default, k)} <= {*added, "encoder"}
+
+
+@pytest.mark.parametrize("name", ["trajvit", "trajvit-tiny"])
+def test_video_encoder_recipe_builds(name):
+    arguments = yaml.safe_load((ROOT / f"tokenizers/{name}.yaml").read_text())["model"]["init_args"]["config"]
+    with torch.device("meta"):
+        encoder = VideoContrastiveEncoder(VideoContrastiveConfig(**arguments))
+    if name == "trajvit":  # every size is the default, which is the publication's
+        with torch.device("meta"):
+            assert encoder.config == VideoContrastiveEncoder(VideoContrastiveConfig()).config
+    else:
+        assert sum(p.numel() for p in encoder.parameters()) < 10e6
 
 
 # side of the grid of codes, and parameters from … to; others are tiny

@@ -1,4 +1,4 @@
-"""The image encoder's contract: pixels to one embedding, and to features of places.
+"""The image encoder's contract: pixels to one embedding, and to features of places; and that of encoders of clips.
 
 Encoders teach (ARRA's alignment, distillation), measure (retrieval, Frechet distance), and see for semantic tokenizers.
 They are loaded by name, stay frozen, and own resizing and normalisation, so that every user hands them the same pixels.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ ENCODERS: Registry[ImageEncoder] = Registry(
         "clip": "tokgen.encoders.clip:ClipViT",
         "contrastive": "tokgen.encoders.contrastive:ContrastiveEncoder",
         "eva": "tokgen.encoders.eva:EvaViT",
+    },
+)
+VIDEO_ENCODERS: Registry[VideoEncoder] = Registry(
+    "video encoder",
+    {
+        "trajvit": "tokgen.encoders.trajvit:TrajViT",
+        "video-contrastive": "tokgen.encoders.contrastive:VideoContrastiveEncoder",
+        "video-vit": "tokgen.encoders.video_vit:VideoViT",
     },
 )
 
@@ -67,6 +76,62 @@ class ImageEncoder(nn.Module):
     def fingerprint(self) -> str:
         """sha256 (16 hex digits) of what it is and its weights; equal for equal networks, wherever they came from."""
         return fingerprint(self, self.spec())
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """What an encoder makes of clips.
+
+    Attributes:
+        pooled: one vector per clip, (B, D).
+        tokens: (B, N, D), zero where there is none.
+        mask: bool (B, N), True where a token is real.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+class VideoEncoder(Pretrained):
+    """Base of encoders of clips. Pixels are float (B, T, 3, H, W) in [0, 1] or uint8, of any size.
+
+    Attributes:
+        name: how it must be quoted with figures.
+        dim: width of `embed`.
+        extras: further entries of a batch of data that it takes, in this order or by these names.
+    """
+
+    name: str
+    dim: int
+    extras: tuple[str, ...] = ()
+
+    def forward(self, pixels: Tensor, *extras: Tensor, **named: Tensor) -> EncodedClip:
+        """Pooled vector and tokens of clips.
+
+        Raises:
+            InputError: other pixels or extras than described.
+        """
+        raise NotImplementedError
+
+    def embed(self, pixels: Tensor, *extras: Tensor, **named: Tensor) -> Tensor:
+        """One embedding per clip, (B, dim), of unit length."""
+        return nn.functional.normalize(self(pixels, *extras, **named).pooled.float(), dim=-1)
+
+    def features(self, pixels: Tensor, *extras: Tensor, **named: Tensor) -> tuple[Tensor, Tensor]:
+        """The clips' tokens (B, N, C), and bool (B, N) of the real ones; the others are zero."""
+        encoded = self(pixels, *extras, **named)
+        return encoded.tokens, encoded.mask
+
+
+def clip_frames(pixels: Tensor, side: int) -> Tensor:
+    """Float clips (B, T, 3, side, side) in [0, 1] of what a video encoder accepts. Raises InputError."""
+    known = pixels.is_floating_point() or pixels.dtype == torch.uint8
+    if pixels.ndim != 5 or pixels.shape[2] != 3 or 0 in pixels.shape or not known:
+        raise InputError(
+            f"clips are {tuple(pixels.shape)} {pixels.dtype}; expected (B, T, 3, H, W), float in [0, 1] or uint8"
+        )
+    return resized(as_float(pixels.flatten(0, 1)), side).unflatten(0, pixels.shape[:2])
 
 
 def as_float(pixels: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Training an image-text contrastive model: a teacher and feature space of one's own (CLIP, arXiv 2103.00020)."""
+"""Training an image-text contrastive model: a teacher and feature space of one's own (CLIP, arXiv 2103.00020); and a video-text
+one, by which TrajViT learns (arXiv 2505.23617)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
+from tokgen.encoders.contrastive import ContrastiveEncoder, VideoContrastiveEncoder
 from tokgen.errors import ConfigError
 from tokgen.evaluation.retrieval import matching_rates
 from tokgen.generators.conditions import dump_prompts, undump_prompts
@@ -24,12 +25,14 @@ from tokgen.training.captions import Text, vocabulary_of
 
 
 class ContrastiveModule(TrainingModule):
-    """A picture tower, a text tower and their text vocabulary, trained on image shards with captions.
+    """A picture tower, a text tower and their text vocabulary, trained on image shards with captions; or a tower of clips, on video
+    shards with captions. Captions that are equal are no negatives of each other.
 
     Args:
-        config: fields of `ContrastiveConfig`, without `text_vocab`, which follows from `text`.
+        config: fields of `ContrastiveConfig`, or with a `tower` those of `VideoContrastiveConfig`; without `text_vocab`, which
+            follows from `text`. Data for a tower are clips (`frames`), and for TrajViT with trajectories.
         text: the vocabulary, learned from the training captions or taken from a folder or Hub name.
-        noise: standard deviation of Gaussian noise on training pixels in [0, 1], drawn up to this much for each picture,
+        noise: standard deviation of Gaussian noise on training pixels in [0, 1], drawn up to this much for each picture or clip,
             so that the space does not hang on fine detail that a tokenizer loses.
         schedule, accumulate, clip, max_bad_steps: see `TrainingModule`. `accumulate` averages losses of small batches and
             does not make more negatives.
@@ -55,9 +58,14 @@ class ContrastiveModule(TrainingModule):
         if "text_vocab" in (config or {}):
             raise ConfigError("config.text_vocab comes from text; leave it out")
         self.sizes, self.text, self.noise, self.make_optimizer = dict(config or {}), text, noise, optimizer
-        self.encoder: ContrastiveEncoder | None = None
+        self.encoder: ContrastiveEncoder | VideoContrastiveEncoder | None = None
         self._text: TextTokenizer | None = None
         self._embedded: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def of_clips(self) -> bool:
+        """Whether clips are learned and not pictures."""
+        return "tower" in self.sizes
 
     # -- building, once the data is known -----------------------------------------------------------------------------
 
@@ -65,16 +73,18 @@ class ContrastiveModule(TrainingModule):
         if self.encoder is not None or self._text is not None:
             return
         data = self.trainer.datamodule
-        if data.kind != "images":
-            raise ConfigError(f"ContrastiveModule trains on image shards with captions and was given {data.kind}")
+        if data.kind != ("videos" if self.of_clips else "images"):
+            wanted = "video shards, as config.tower says," if self.of_clips else "image shards"
+            raise ConfigError(f"ContrastiveModule trains on {wanted} with captions and was given {data.kind}")
         if self.text.path is not None or stage == "fit":
             self._text = vocabulary_of(self.trainer, self.text)
 
     def configure_model(self) -> None:
         if self.encoder is None:
             vocabulary = self.text.vocab_size if self.text.path is None else self._text.vocab_size
-            config = config_from_dict(ContrastiveConfig, {**self.sizes, "text_vocab": vocabulary}, "config")
-            self.encoder = ContrastiveEncoder(config, self._text)
+            cls = VideoContrastiveEncoder if self.of_clips else ContrastiveEncoder
+            config = config_from_dict(cls.config_class, {**self.sizes, "text_vocab": vocabulary}, "config")
+            self.encoder = cls(config, self._text)
 
     def configure_optimizers(self) -> list[Optimizer]:
         return self.adopt(self.make_optimizer(decay_groups(self.encoder)))
@@ -96,15 +106,26 @@ class ContrastiveModule(TrainingModule):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def embed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, D), captions (B, D), and a number (B,) for each caption, equal where captions are."""
+        """Pictures or clips (B, D), captions (B, D), and a number (B,) for each caption, equal where captions are."""
+        extras = self.extras(batch)
         pixels = batch["pixels"]
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / 255
         if self.training and self.noise:
-            strength = self.noise * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+            strength = self.noise * torch.rand(len(pixels), *[1] * (pixels.ndim - 1), device=pixels.device)
             pixels = (pixels + strength * torch.randn_like(pixels)).clamp(0, 1)
         groups = torch.tensor([zlib.crc32(c.encode()) for c in batch["caption"]], device=pixels.device)
-        return self.encoder.embed(pixels), self.encoder.encode_text(batch["caption"]), groups
+        return self.encoder.embed(pixels, **extras), self.encoder.encode_text(batch["caption"]), groups
+
+    def extras(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What a tower of clips takes beside pixels. Raises ConfigError if the batch does not have it, or no pixels."""
+        names = self.encoder.extras if self.of_clips else ()
+        if missing := [name for name in ("pixels", *names) if name not in batch]:
+            raise ConfigError(
+                f"{type(self.encoder).__name__} learns from batches with {' and '.join(missing)}, which these do not have; "
+                "clips come with data.frames, trajectories with shards that `tokgen trajectories` made"
+            )
+        return {name: batch[name] for name in names}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         optimizer = self.optimizers()
