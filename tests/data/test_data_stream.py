@@ -282,14 +282,15 @@ def test_resume_under_other_conditions_is_said(images, caplog):
     assert "batch_size was 4, is 6" in caplog.text
 
 
-def test_an_abandoned_epoch_is_followed_by_the_next(images):
-    data = loader(images)
-    for _ in zip(range(5), data):
-        pass
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_abandoned_epoch_is_followed_by_its_rest(images, workers):
+    data = loader(images, num_workers=workers)
+    seen = [batch for _, batch in zip(range(5), data)]
     assert data.state_dict()["batch"] == 5
-    reference = loader(images)
-    list(reference)
-    assert keys(data) == keys(reference)
+    seen += list(data)
+    assert data.state_dict()["epoch"] == 1
+    assert keys(seen) == keys(loader(images, num_workers=workers))
+    data.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- damage

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import tokgen
+from tokgen.cli import main
 from tokgen.encoders.trajvit import TrajViT, TrajViTConfig
 from tokgen.errors import CheckpointError
 from tokgen.importers.base import rename
@@ -268,6 +269,17 @@ def test_the_whole_model_s_checkpoint_and_the_encoder_alone_are_the_same(tmp_pat
     again = tokgen.load(encoder.save_pretrained(tmp_path / "trajvit"))
     clip = torch.rand(1, 2, 3, 64, 64), torch.randint(-1, 3, (1, 2, 7, 7))
     assert torch.equal(again.embed(*clip), alone.embed(*clip))
+
+
+def test_convert_writes_an_encoder_folder(tmp_path, capsys):
+    save_file(published("vision_encoder."), tmp_path / "encoder.safetensors")
+    assert main(["convert", "trajvit", str(tmp_path / "encoder.safetensors"), "--out", str(tmp_path / "out")]) == 0
+    assert "tensors mapped" in capsys.readouterr().out
+    expected, _ = load_trajvit(tmp_path / "encoder.safetensors")
+    clip = torch.rand(1, 2, 3, 64, 64), torch.randint(-1, 3, (1, 2, 7, 7))
+    assert torch.equal(tokgen.load(tmp_path / "out").embed(*clip), expected.embed(*clip))
+    assert main(["convert", "trajvit", str(tmp_path / "encoder.safetensors"), "--out", "out", "--heads", "3"]) == 2
+    assert "--heads says nothing about trajvit" in capsys.readouterr().err
 
 
 def test_what_is_no_trajvit_is_refused():

@@ -25,6 +25,7 @@ def convert(
         "emu3",
         "tokenflow",
         "tokenflow-t2i",
+        "trajvit",
     ],
     checkpoint: str,
     out: str,
@@ -48,7 +49,7 @@ def convert(
         family: which published layout it has.
         checkpoint: the downloaded file, such as seed_quantizer.pt of seed, tokenizer_encoder.bin of lavit,
             motion_tokenizer.bin of video-lavit-motion, eva_vit_g.pth or eva_vitg_psz14.bin of eva; of emu3 also a folder,
-            of tokenflow-t2i always.
+            of tokenflow-t2i always; of trajvit the whole contrastive model or its encoder alone.
         out: folder to write.
         tokenizer: of a generator: folder of the tokenizer whose codes it draws (converted before), which is recorded;
             tokenflow-t2i reads its code vectors.
@@ -77,6 +78,7 @@ def convert(
     from tokgen.importers.seed import load_seed
     from tokgen.importers.tokenflow import load_tokenflow
     from tokgen.importers.tokenflow_t2i import load_t2i
+    from tokgen.importers.trajvit import load_trajvit
     from tokgen.importers.video_lavit import load_motion_tokenizer
 
     loaders: dict[str, Callable[..., Any]] = {
@@ -93,6 +95,7 @@ def convert(
         "emu3": load_emu3,
         "tokenflow": load_tokenflow,
         "tokenflow-t2i": load_t2i,
+        "trajvit": load_trajvit,
     }
     loader, options = loaders[family], {"grid": grid, "heads": heads, "text_encoder": text_encoder}
     options |= {"class_names": class_names, "form": form, "vit": vit, "decoder": decoder}

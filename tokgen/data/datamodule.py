@@ -336,11 +336,6 @@ class ShardsDataModule(L.LightningDataModule):
         limit = self.trainer.limit_train_batches if train and self.trainer is not None else None
         if isinstance(limit, int) and 0 < limit < (steps or self.sets[split].samples // (world * self.batch_size)):
             steps = limit  # Lightning would cut every epoch short; as a length of their own, epochs go on where the last ended
-        elif isinstance(limit, float) and 0 < limit < 1:
-            log.warning(
-                "limit_train_batches=%s cuts epochs in a way the data cannot see, so that a resume at the end of an epoch is "
-                "not exact; give a number of batches, or steps_per_epoch.", limit,
-            )  # fmt: skip
         loader = ShardLoader(
             self.sets[split], self._samples(self.sets[split], train), batch_size=self.batch_size, rank=rank, world=world,
             num_workers=self.num_workers, seed=self.seed, train=train, shuffle_buffer=self.shuffle_buffer,

@@ -318,7 +318,8 @@ class ShardLoader:
     """Batches of one rank; sized, and stateful in the sense of Lightning (`state_dict`, `load_state_dict`).
 
     Iterating runs to the end of the epoch: from its beginning, or from where `load_state_dict` put it. An iteration that
-    was abandoned is followed by the next epoch. With `train=False` each iteration is the same: all samples in order.
+    was abandoned is followed by the rest of its epoch, so that a trainer which cuts epochs short, or counts them in its
+    own way, loses no batch. With `train=False` each iteration is the same: all samples in order.
 
     Args:
         shards: the data set.
@@ -395,7 +396,6 @@ class ShardLoader:
         )  # fmt: skip
         self._planned = self.stream.part(0, 0, 1).size  # samples of an epoch on this rank
         self.epoch, self.batch = 0, 0
-        self._resumed = False
         self._epoch_bad = self._epoch_missing = 0
         self._batches = self.stream
         if num_workers:
@@ -412,9 +412,6 @@ class ShardLoader:
         # Lightning does not come back after the last batch, so all bookkeeping happens before a batch is handed out.
         if not self.train:
             self.epoch = self.batch = 0
-        elif self.batch and not self._resumed:
-            self.epoch, self.batch = self.epoch + 1, 0
-        self._resumed = False
         self._epoch_bad = self._epoch_missing = 0
         self.stream.position.copy_(torch.tensor([self.epoch, self.batch]))
         for batch in self._batches:
@@ -468,7 +465,6 @@ class ShardLoader:
             log.warning("The data position cannot be resumed exactly: %s.", "; ".join(changed))
             if self.batch >= self.steps:
                 self.epoch, self.batch = self.epoch + 1, 0
-        self._resumed = True
 
     def _conditions(self) -> dict[str, int]:
         stream = self.stream

@@ -146,6 +146,32 @@ def find_last(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def _point_at_next_batch(loop: dict[str, Any]) -> None:
+    """Bring the saved counters of Lightning's fit loop into the one form that it goes on from rightly, at any batch.
+
+    It counts a batch as completed after its hooks, and saves what it has counted. Read back, counters saved later, on
+    validation or at the end of training, would give an epoch whose last batch is done one batch more, and take an epoch
+    that `max_steps` cut for a whole one. Counters saved earlier, at the end of a batch, would leave out a validation that
+    was due after it, so that the next one would be compared with an older best score.
+    """
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    seen = batches["total"]["ready"]
+    if not seen:
+        return
+    validated = batches["total"]["completed"] == seen  # or not due
+    over = batches["is_last_batch"]
+    batches["is_last_batch"] = False
+    for span in ("total", "current"):
+        batches[span] = dict.fromkeys(batches[span], 0 if over and span == "current" else batches[span]["ready"])
+        begun = epochs[span]["ready"] + over
+        epochs[span] = {"ready": begun, "started": begun, "processed": begun - 1, "completed": begun - 1}
+        if not validated:  # as if stopped within its first batch
+            begun = int(span == "total")
+            none = {"ready": begun, "started": begun, "processed": 0, "completed": 0}
+            loop["epoch_loop.val_loop.batch_progress"][span] = none
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = seen
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Put the folder `new` in the place of `folder`, and remove what was there."""
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
@@ -206,6 +232,9 @@ class Checkpoint(LightningCheckpoint):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_score, self.best_model_path = state["best_score"], state["best_model_path"]
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: TrainingModule, checkpoint: dict[str, Any]) -> None:
+        _point_at_next_batch(checkpoint["loops"]["fit_loop"])
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 

@@ -81,21 +81,23 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self.resumed_step is not None:
-            self._rewind(self.resumed_step)
+            self._rewind(self.resumed_step, metrics)
             self.resumed_step = None
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}  # NaN is no JSON
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def _rewind(self, step: int) -> None:
-        """Drop the lines after `step`, and a last line that a kill cut short."""
+    def _rewind(self, step: int, metrics: dict[str, float]) -> None:
+        """Drop the lines after `step`, those at it that `metrics` repeat (a validation due when the checkpoint was
+        written), and a last line that a kill cut short."""
         if not self.path.is_file():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
-                if (json.loads(line)["step"] or 0) <= step:
+                row = json.loads(line)
+                if (row["step"] or 0) + (not metrics.keys().isdisjoint(row)) <= step:
                     kept.append(line + "\n")
         with replacing(self.path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
