@@ -33,7 +33,7 @@ from tokgen.files import write_json
 DURATIONS = (8, 16, 32, 64)
 SIZE = 160  # side of the tracker's pictures
 PATCH, PICTURE = (2, 16, 16), 224  # of the space-time patch tokenizer: ViViT's, and TrajViT's baseline's
-MERGE = 60.0  # what trajectories may differ by and still be one, see `VotingTracker`
+MERGE = 3.0  # what trajectories may differ by and still be one, see `VotingTracker`
 CLIPS = 6
 CAMERAS = {"still": 0.0, "pan 2.5 px a frame": 2.5, "pan 6 px a frame": 6.0}
 
