@@ -37,6 +37,8 @@ class ResidualFSQ(CodeQuantizer):
         stages = [FSQ(dim, levels) for _ in range(num_quantizers)]
         super().__init__(dim, None, stages[0].codebook_sizes * num_quantizers)
         self.stages, self.dropout = nn.ModuleList(stages), dropout
+        if dropout:  # its draws follow from the number of the step, so that training resumes exactly
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def example_options(cls) -> dict[str, dict[str, Any]]:
@@ -62,8 +64,11 @@ class ResidualFSQ(CodeQuantizer):
         n, count = len(y), len(self.stages)
         kept = torch.full((n,), count, device=y.device)
         if count > 1 and self.dropout:
-            fewer = torch.randint(1, count, (n,), device=y.device)
-            kept = torch.where(torch.rand(n, device=y.device) < self.dropout, fewer, kept)
+            generator = torch.Generator().manual_seed(int(self.steps))
+            fewer = torch.randint(1, count, (n,), generator=generator)
+            cut = torch.rand(n, generator=generator) < self.dropout
+            kept = torch.where(cut.to(y.device), fewer.to(y.device), kept)
+            self.steps += 1
         codes, ids = torch.zeros_like(y), []
         for i, stage in enumerate(self.stages):
             part, chosen, _ = stage.train_step(_linear(stage.project_in, y - codes), None)

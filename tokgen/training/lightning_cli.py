@@ -81,7 +81,7 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self.resumed_step is not None:
-            self._rewind(self.resumed_step, metrics)
+            self._rewind(self.resumed_step, metrics if step == self.resumed_step else {})
             self.resumed_step = None
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}  # NaN is no JSON
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ class JsonLinesLogger(Logger):
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def _rewind(self, step: int, metrics: dict[str, float]) -> None:
-        """Drop the lines after `step`, those at it that `metrics` repeat (a validation due when the checkpoint was
-        written), and a last line that a kill cut short."""
+        """Drop the lines after `step`, those at it that `metrics`, of the same step, repeat (a validation that was due when the
+        checkpoint was written), and a last line that a kill cut short."""
         if not self.path.is_file():
             return
         kept = []
