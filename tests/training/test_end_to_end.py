@@ -277,7 +277,8 @@ def test_killed_anywhere_equals_uninterrupted_bit_for_bit(tmp_path, image_shards
                 trainer.fit(trained(), **arguments)
             assert read_checkpoint(last)["global_step"] == stop
         record.rows = [row for row in record.rows if row["step"] <= (stop or 15)]
-        found += rows(record)
+        # a validation after the last checkpoint is made again on the way on, and must be the same
+        found += [row for row in rows(record) if row not in found]
     assert [row["step"] for row in found if "train/lr" in row] == [float(i).hex() for i in range(1, 16)]
     assert found == rows(straight)
     one, other = (read_checkpoint(r / "checkpoints" / "last.ckpt") for r in (tmp_path / "straight", run))
