@@ -134,7 +134,7 @@ class EllipseCodec:
     def encode(self, ellipses: Ellipses) -> Tensor:
         """int64 (B, M, 2 + 6 J); rows of trajectories that never live are 0. Raises InputError for more frames than `frames`."""
         alive = ellipses.alive
-        b, m, t = alive.shape
+        t = alive.shape[-1]
         if t > self.frames:
             raise InputError(
                 f"a clip of {t} frames; this tokenizer takes up to {self.frames}: cut it into shorter clips"
