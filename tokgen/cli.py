@@ -13,26 +13,32 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tokgen.commands.analyze import analyze
 from tokgen.commands.codes import check, decode, encode
 from tokgen.commands.convert import convert
 from tokgen.commands.data import features, motion, pack, tokenize, trajectories
+from tokgen.commands.evaluate import compare, evaluate
 from tokgen.commands.sample import sample
 from tokgen.errors import TokgenError
 
 TRAINING = ("fit", "validate", "test", "predict")
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (pack, tokenize, features, motion, trajectories, encode, decode, sample, check, convert)
-}
+    f.__name__: f
+    for f in (
+        pack, tokenize, features, motion, trajectories, encode, decode, sample, check, evaluate, compare, analyze, convert,
+    )
+}  # fmt: skip
 POSITIONAL = {
     "pack": ["source"], "tokenize": ["shards"], "features": ["shards"], "motion": ["source"],
     "trajectories": ["videos", "out"], "encode": ["files"], "decode": ["tokens"],
-    "sample": ["prompts"], "check": ["target"], "convert": ["family", "checkpoint"],
+    "sample": ["prompts"], "analyze": ["codes"], "check": ["target"], "evaluate": ["what", "model"], "compare": ["reports"],
+    "convert": ["family", "checkpoint"],
 }  # fmt: skip
 
 
 def _parser(name: str) -> Any:
     from docstring_parser import parse
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
     positional = POSITIONAL[name]
     function = COMMANDS[name]
@@ -48,6 +54,10 @@ def _parser(name: str) -> Any:
             parser.add_argument(key, **options)
         elif parameter.default is inspect.Parameter.empty:
             parser.add_argument(f"--{key}", required=True, **options)
+        elif hints[key] is bool:  # --text, --text false, --no_text
+            parser.add_argument(
+                f"--{key}", default=parameter.default, action=ActionYesNo, nargs="?", help=options["help"]
+            )
         elif hints[key] == (list[str] | None):
             parser.add_argument(f"--{key}", default=parameter.default, **{**options, "type": str, "nargs": "+"})
         else:
@@ -80,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = args[0], args[1:]
     if name not in COMMANDS and name not in TRAINING:
-        print(f"tokgen: unknown command {name!r}; expected one of {', '.join([*TRAINING, *COMMANDS])}", file=sys.stderr)
+        known = ", ".join([*TRAINING, *COMMANDS])
+        print(f"tokgen: unknown command {name!r}; expected one of {known}", file=sys.stderr)
         return 2
     try:
         if name in TRAINING:

@@ -29,7 +29,7 @@ def load(path_or_repo: str | os.PathLike[str], revision: str | None = None, devi
     folder = resolve(path_or_repo, revision)
     name = read_config(folder).get("type")
     for registry in REGISTRIES:
-        if name in registry:
+        if isinstance(name, str) and name in registry:
             module = registry[name].from_pretrained(folder)
             return module if device is None else module.to(device)
     known = ", ".join(name for registry in REGISTRIES for name in registry.names())

@@ -81,6 +81,8 @@ class Registry(Generic[T]):
 def config_from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
     """A (nested) configuration dataclass from plain data. Raises ConfigError that names an unknown or missing key."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: a {type(data).__name__} in the place of settings; expected {', '.join(fields)}")
     for key in data:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {key!r} for {cls.__name__}; expected {', '.join(fields)}")
@@ -127,9 +129,14 @@ def resolve(
 
 def read_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{folder / CONFIG} holds a {type(data).__name__}; expected an object with type and config"
+        )
+    return data
 
 
 def read_weights(folder: Path, module: nn.Module, without: Sequence[str] = ()) -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokgen.errors import CheckpointError, InputError
+from tokgen.errors import CheckpointError, InputError, TokgenError
 
 
 class Layout:
@@ -352,18 +352,24 @@ class Tokens:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["tokens"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            side = {k.removeprefix("side."): v for k, v in tensors.items() if k.startswith("side.")}
+            if not isinstance(about["tokenizer"], str):
+                raise ValueError(f"tokenizer {about['tokenizer']!r} is no fingerprint")
+            return Tokens(
+                tensors["ids"],
+                Layout.from_dict(about["layout"]),
+                about["codebook_sizes"],
+                tensors["mask"],
+                about["tokenizer"],
+                side,
+                {name: int(size) for name, size in about["side_sizes"].items()},
+            ).validate()
+        except TokgenError:
+            raise
+        except (
+            SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+            RuntimeError,
+        ) as error:  # fmt: skip
             raise CheckpointError(
                 f"{path} is not a tokgen token file ({error}); expected one from `tokgen encode`"
             ) from None
-        side = {k.removeprefix("side."): v for k, v in tensors.items() if k.startswith("side.")}
-        layout = Layout.from_dict(about["layout"])
-        return Tokens(
-            tensors["ids"],
-            layout,
-            about["codebook_sizes"],
-            tensors["mask"],
-            about["tokenizer"],
-            side,
-            about["side_sizes"],
-        ).validate()

@@ -10,6 +10,7 @@ import ast
 import io
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,6 +130,32 @@ def _pil_rgb(data: bytes) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (3, H, W)
 
 
+def _is_whole_png(data: bytes, width: int, height: int) -> bool:
+    """Whether a 16-bit PNG is what libpng reads without an error: checksums, one stream of the right length, known filters.
+
+    Interlaced ones are not looked at, and count as not whole.
+    """
+    at, body, name = 8, [], b""
+    while name != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        name = data[at + 4 : at + 8]
+        if name == b"IDAT":
+            body.append(data[at + 8 : end - 4])
+        at = end
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}.get(data[25])
+    if channels is None or data[28]:
+        return False
+    row = 1 + 2 * channels * width
+    inflate = zlib.decompressobj()
+    try:
+        rows = inflate.decompress(b"".join(body), row * height + 1)
+    except zlib.error:
+        return False
+    return inflate.eof and len(rows) == row * height and max(rows[::row]) <= 4
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     """JPEG, PNG or WebP bytes -> uint8 (3, H, W) in [0, 255].
 
@@ -142,13 +169,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     if width * height > max_pixels:
         raise BadSample("too many pixels", f"{width}x{height}, at most {max_pixels} allowed")
     try:
+        if kind == "png" and not (deep and _is_whole_png(data, width, height)):
+            # torchvision's decoder ends the process with a segmentation fault where the stream of a PNG is damaged
+            raise RuntimeError("left to PIL")
         import torchvision.io as tvio
 
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         mode = tvio.ImageReadMode.RGB_ALPHA if transparent else tvio.ImageReadMode.RGB
         decode = {"jpg": tvio.decode_jpeg, "png": tvio.decode_png, "webp": tvio.decode_webp}[kind]
         x = decode(buffer, mode=mode)  # (C, H, W), C = 3 or 4
-    except (RuntimeError, AttributeError, ImportError):  # a torchvision without this decoder, or a file only PIL reads
+    except (
+        RuntimeError,
+        AttributeError,
+        ImportError,
+    ):  # a PNG, a torchvision without this decoder, or what only PIL reads
         try:
             return _pil_rgb(data)
         except Exception as error:

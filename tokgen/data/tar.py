@@ -23,6 +23,7 @@ from tokgen.errors import DataError, MissingDependency
 
 BLOCK = 512
 _LONG_NAME_LIMIT = 64 * 1024  # bytes of a name record: real ones have a few hundred
+_SIZE_LIMIT = 1 << 60  # of a member: base-256 and records can claim what no file system can seek to
 _REMOTE = ("http", "https", "s3", "gs", "hf")
 _EXTRA_FOR = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 
@@ -167,6 +168,8 @@ def parse_header(block: bytes) -> _Header | None:
         size = _number(block[124:136])
     except ValueError:
         return None
+    if not 0 <= size < _SIZE_LIMIT:
+        return None
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
@@ -235,7 +238,10 @@ def iter_members(file: IO[bytes], damage: Damage) -> Iterator[tuple[str, int, Ca
             elif header.type == b"x":
                 records = _pax_records(data)
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdecimal() else None
+                claimed = records.get("size", "")
+                long_size = int(claimed) if claimed.isdecimal() and len(claimed) <= len(str(_SIZE_LIMIT)) else None
+                if long_size is not None and long_size >= _SIZE_LIMIT:
+                    long_size = None
             continue
         name, long_name, long_size = long_name or header.name, None, None
         if header.type in (b"0", b"\0", b"7"):

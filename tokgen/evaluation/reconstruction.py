@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokgen.evaluation.metrics import CodeHistogram, Means, pixel_errors
 from tokgen.images import to_uint8
 from tokgen.tokenizers.base import VisualTokenizer
 
@@ -37,34 +38,16 @@ class ReconstructionReport:
 @torch.no_grad()
 def evaluate_reconstruction(tokenizer: VisualTokenizer, pixels: Tensor, batch_size: int = 64) -> ReconstructionReport:
     """Encode and decode uint8 pictures (N, 3, H, W); decoded pixels are rounded to 8 bits before PSNR is taken."""
-    psnr, l1, lengths, bits, counts = [], [], [], [], None
+    means, histogram = Means(), None
     for batch in pixels.split(batch_size):
         tokens = tokenizer.encode(batch)
-        decoded = to_uint8(tokenizer.decode(tokens)).cpu()
-        error = (decoded.double() - batch.double()) / 255
-        # a perfect picture counts as the error of half a level, 54 dB, not as infinity
-        mse = error.square().mean((1, 2, 3)).clamp(min=(0.5 / 255) ** 2)
-        psnr.append(-10 * mse.log10())
-        l1.append(error.abs().mean((1, 2, 3)))
-        lengths.append(tokens.lengths.cpu())
-        bits.append(tokens.bits.cpu())
-        counts = _histograms(tokens, counts)
-    share = [(c > 0).double().mean() for c in counts]
-    entropy = [-(p * p.clamp(min=1e-12).log()).sum() for p in (c / c.sum() for c in counts)]
-    mean = lambda parts: torch.cat(parts).double().mean().item()  # noqa: E731
-    return ReconstructionReport(
-        len(pixels), mean(psnr), mean(l1), torch.stack(share).mean().item(),
-        torch.stack([e.exp() for e in entropy]).mean().item(), mean(lengths), mean(bits),
-    )  # fmt: skip
-
-
-def _histograms(tokens, counts: list[Tensor] | None) -> list[Tensor]:
-    ids = tokens.ids if tokens.ids.ndim == 3 else tokens.ids[..., None]
-    new = [
-        torch.bincount(ids[..., c][tokens.mask].cpu(), minlength=size).double()
-        for c, size in enumerate(tokens.codebook_sizes)
-    ]
-    return new if counts is None else [a + b for a, b in zip(counts, new)]
+        errors = pixel_errors(to_uint8(tokenizer.decode(tokens)), batch)
+        means.add({"psnr": errors["psnr"], "l1": errors["l1"], "tokens": tokens.lengths, "bits": tokens.bits})
+        histogram = histogram or CodeHistogram(tokens.codebook_sizes)
+        histogram.update(tokens)
+    mean, codes = means.reduce(("psnr", "l1", "tokens", "bits")), histogram.reduce()
+    usage, perplexity = (sum(codes[name]) / len(codes[name]) for name in ("usage", "perplexity"))
+    return ReconstructionReport(len(pixels), mean["psnr"], mean["l1"], usage, perplexity, mean["tokens"], mean["bits"])
 
 
 def read_pictures(

@@ -77,9 +77,13 @@ def read_state_dict(
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file at {path}; give the path of a downloaded .pt or .safetensors file")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy it again") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)

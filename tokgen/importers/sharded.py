@@ -20,12 +20,15 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"it names {name!r}, which is no file of this folder")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors are read") from None
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
-    files = [folder / file for file in sorted(set(index.values()))]
+    files = [folder / name for name in names]
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {path.name}, which {INDEX} names; copy it again")

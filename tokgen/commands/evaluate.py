@@ -1,0 +1,300 @@
+"""The commands that measure models and set reports side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from tokgen.commands.models import best_device, encode_options, load_tokenizer, need_pixels
+from tokgen.errors import DataError, InputError
+
+PICTURE = "pictures.png"
+ONLY = {  # options that say something of one kind alone
+    "tokenizer": ("learnability", "keep", "frames", "fps", "frame_stride"),
+    "generator": (
+        "text_encoder", "prompts", "layout", "images_per_prompt", "guidance_scale", "guidance_schedule", "temperature",
+        "top_k", "top_p", "min_p", "precision", "tokenizer",
+    ),
+}  # fmt: skip
+
+
+def evaluate(
+    what: Literal["tokenizer", "generator"],
+    model: str,
+    out: str,
+    data: str | None = None,
+    samples: int | None = None,
+    size: int | None = None,
+    resize: Literal["crop", "squash"] = "crop",
+    extractor: str = "auto",
+    learnability: Literal["standard", "short", "none"] | None = None,
+    keep: int | float | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    frame_stride: int | None = None,
+    text_encoder: str | None = None,
+    prompts: str | None = None,
+    layout: Literal["geneval", "genai"] | None = None,
+    images_per_prompt: int | None = None,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    guidance_schedule: str | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    precision: Literal["float32", "bfloat16", "int8"] | None = None,
+    tokenizer: str | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    device: str | None = None,
+) -> None:
+    """Measure a tokenizer or a generator by named protocols, and write a report card.
+
+    Under torchrun (`torchrun --nproc-per-node 8 -m tokgen evaluate …`) the ranks share the samples.
+
+    Args:
+        what: "tokenizer" or "generator".
+        model: its folder or Hub name.
+        out: folder for report.json, report.md and pictures.png; or, with --prompts, for the pictures drawn.
+        data: folder of image shards, or for tokenizers of clips of video shards, to measure on.
+        samples: how many of them, evenly spaced; all without it.
+        size: side of the square pictures or frames; without it what the model is made for, or else pictures as they are.
+        resize: how pictures become square: the centre, or the whole without regard to its aspect ratio.
+        extractor: network for Frechet distances: "inception" (weights in torch hub's cache) or "inception:PATH", "mobilenet", a name
+            or folder of an image encoder, "none", or "auto" for the first of inception and mobilenet that is at hand.
+        learnability: budget of the model that learns the codes: "standard" (without it; for a GPU), "short", or "none".
+        keep: of tokenizers that choose how many tokens a picture gets: a count, or a share such as 0.25.
+        frames: of clips; as many as the tokenizer takes without it.
+        fps: frames a second that videos are seen at; every frame of the file without it.
+        frame_stride: from one frame of a clip to the next.
+        text_encoder: folder of an encoder of pictures and captions, which scores what is drawn by its caption.
+        prompts: a .jsonl of GenEval, a .json of GenAI-Bench or a .txt; what they ask for is drawn into --out and not measured.
+        layout: of those pictures: "geneval" (without it) or "genai".
+        images_per_prompt: of GenEval; 4 without it.
+        seed: what is drawn follows from it.
+        guidance_scale, guidance_schedule, temperature, top_k, top_p, min_p: as in `tokgen sample`.
+        precision: of the generator, see `tokgen sample`.
+        tokenizer: folder of the generator's tokenizer, where it neither holds nor names it.
+        batch_size: samples at a time on each rank.
+        num_workers: processes that read the data.
+        device: such as "cuda:0"; the best there is without it.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    other = next(kind for kind in ONLY if kind != what)
+    for name in ONLY[other]:
+        if name in given:
+            raise InputError(f"--{name} is of evaluating a {other}, and {model} shall be a {what}; leave it out")
+    if (data is None) == (prompts is None):
+        raise InputError("give --data, shards to measure on; or, of a generator, --prompts to draw for a benchmark")
+    for name in ("layout", "images_per_prompt"):
+        if name in given and prompts is None:
+            raise InputError(f"--{name} is of drawing a benchmark's pictures; give --prompts too, or leave it out")
+    if samples is not None and samples < 1:
+        raise InputError(f"--samples {samples}; expected at least 1")
+    with _ranks(device) as (rank, device):
+        if what == "tokenizer":
+            report, picture = _tokenizer(given, device)
+        elif prompts is None:
+            report, picture = _generator(given, device)
+        else:
+            _benchmark(given, device)
+            return
+        if rank == 0:
+            _write(report, picture, out, data)
+
+
+def _tokenizer(given: dict[str, Any], device: str) -> Any:
+    from tokgen.data.shards import Manifest
+    from tokgen.evaluation.card import evaluate_tokenizer
+
+    model, size = given["model"], given.get("size")
+    tokenizer = load_tokenizer(model, device)
+    clips = Manifest.load(given["data"]).kind == "videos"
+    need_pixels(tokenizer, model, 5 if clips else 4)
+    options = encode_options(tokenizer, keep=given.get("keep"))
+    timing = {}
+    if clips:
+        frames = given.get("frames") or getattr(tokenizer.config, "frames", None)
+        if frames is None:
+            raise InputError(f"{tokenizer.type_name} takes clips of any length; give --frames")
+        wanted = None if "trajectories" in tokenizer.extras else False
+        timing = {
+            "frames": frames,
+            "fps": given.get("fps"),
+            "frame_stride": given.get("frame_stride", 1),
+            "trajectories": wanted,
+        }
+    elif any(name in given for name in ("frames", "fps", "frame_stride")):
+        raise InputError(f"--frames, --fps and --frame_stride are for videos, and {given['data']} holds pictures")
+    size = tokenizer.image_size[0] if size is None and tokenizer.image_size is not None else size
+    return evaluate_tokenizer(
+        tokenizer,
+        _set(given, size, **timing),
+        extractor=_extractor(given, device),
+        learnability=given.get("learnability", "standard"),
+        options=options,
+        model=model,
+    )
+
+
+def _generator(given: dict[str, Any], device: str) -> Any:
+    from tokgen.encoders.base import load_encoder
+    from tokgen.evaluation.card import evaluate_generator
+
+    pipeline = _pipeline(given, device)
+    text_encoder = None
+    if "text_encoder" in given:
+        text_encoder = load_encoder(given["text_encoder"]).to(device)
+        if not hasattr(text_encoder, "encode_text"):
+            raise InputError(
+                f"{given['text_encoder']} ({text_encoder.name}) reads no captions; give a contrastive encoder"
+            )
+    return evaluate_generator(
+        pipeline,
+        _set(given, given.get("size") or _drawn_size(pipeline)),
+        extractor=_extractor(given, device),
+        text_encoder=text_encoder,
+        seed=given["seed"],
+        sampling=_sampling(given),
+        model=given["model"],
+    )
+
+
+def _benchmark(given: dict[str, Any], device: str) -> None:
+    from tokgen.evaluation.prompts import draw_prompts, read_prompts
+    from tokgen.quantizers.base import world_size
+
+    if world_size() > 1:
+        raise InputError("a benchmark's pictures are drawn by one process; start it without torchrun")
+    listed = read_prompts(given["prompts"])
+    layout = given.get("layout", "geneval")
+    if layout == "genai" and "images_per_prompt" in given:
+        raise InputError("--images_per_prompt is of GenEval: GenAI-Bench scores one picture for each prompt")
+    samples = given.get("samples")
+    listed = listed if samples is None else listed[:samples]
+    number = draw_prompts(
+        _pipeline(given, device), listed, given["out"], layout=layout, images_per_prompt=given.get("images_per_prompt", 4),
+        seed=given["seed"], batch_size=given["batch_size"], sampling=_sampling(given),
+    )  # fmt: skip
+    print(f"{number} pictures of {len(listed)} prompts are in {given['out']}, for the scorer of {layout}")
+
+
+def _pipeline(given: dict[str, Any], device: str) -> Any:
+    from tokgen.generators.pipeline import TextToImagePipeline
+
+    return TextToImagePipeline.from_pretrained(
+        given["model"], given.get("tokenizer"), device=device, precision=given.get("precision", "float32")
+    )
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    names = {"guidance_schedule": "schedule"}
+    wanted = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "min_p")
+    return {names.get(name, name): given[name] for name in wanted if name in given}
+
+
+def _drawn_size(pipeline: Any) -> int:
+    """Side of the pictures that a generator draws. Raises InputError where its tokens do not say."""
+    layout, tokenizer = pipeline.generator.layout, pipeline.tokenizer
+    if tokenizer.image_size is not None:
+        sides = set(tokenizer.image_size)
+    else:
+        sides = {n * tokenizer.factor for n in (getattr(layout, "h", 0), getattr(layout, "w", 0))}
+    if getattr(layout, "t", None) is not None:
+        raise InputError("this generator draws clips, of which there is no measure yet; `tokgen sample` draws them")
+    if len(sides) != 1 or not min(sides):
+        raise InputError(f"{layout} does not say how large the pictures are; give --size")
+    return sides.pop()
+
+
+def _set(given: dict[str, Any], size: int | None, **timing: Any) -> Any:
+    from tokgen.evaluation.samples import EvaluationSet
+
+    return EvaluationSet(
+        given["data"], given.get("samples"), image_size=size, resize="none" if size is None else given["resize"],
+        batch_size=given["batch_size"], num_workers=given["num_workers"], features=False, **timing,
+    )  # fmt: skip
+
+
+def _extractor(given: dict[str, Any], device: str) -> Any:
+    from tokgen.evaluation.extractors import load_extractor
+
+    extractor = load_extractor(given["extractor"])
+    return None if extractor is None else extractor.to(device)
+
+
+def _write(report: Any, picture: Any, out: str, data: str) -> None:
+    import platform
+
+    import torch
+
+    import tokgen
+    from tokgen.evaluation.report import label, shown
+    from tokgen.images import write_png
+
+    report.about = {
+        "data": data, "tokgen": tokgen.__version__, "torch": torch.__version__, "python": platform.python_version()
+    }  # fmt: skip
+    if picture is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_png(picture, Path(out) / PICTURE)
+    path = report.save(out, PICTURE if picture is not None else None)
+    for group, figures in report.figures.items():
+        print(
+            f"{group} ({report.protocols[group].hash}): "
+            + ", ".join(f"{label(n)} {shown(n, v)}" for n, v in figures.items())
+        )
+    print(f"report in {path} and {path.with_suffix('.md')}")
+
+
+@contextlib.contextmanager
+def _ranks(device: str | None) -> Iterator[tuple[int, str]]:
+    """This process's rank and device; under torchrun, a process group."""
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or torch.distributed.is_initialized():
+        yield (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), device or best_device()
+        return
+    device = device or best_device()
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    # statistics are reduced on the CPU, whatever computes the features
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank(), device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def compare(reports: list[str], only: list[str] | None = None, force: bool = False, out: str | None = None) -> None:
+    """Set reports of `tokgen evaluate` side by side; figures of unlike protocols are refused.
+
+    Args:
+        reports: two or more folders or report.json files.
+        only: groups of figures, such as pixels codes; all without it.
+        force: print figures of unlike protocols too, apart.
+        out: a .md file to write besides printing.
+    """
+    from tokgen.evaluation.report import Report
+    from tokgen.evaluation.report import compare as side_by_side
+    from tokgen.files import replacing
+
+    loaded: dict[str, Report] = {}
+    for path in reports:
+        name = Path(path).parent.name if Path(path).suffix == ".json" else Path(path).name
+        if name in loaded:
+            name = str(path)
+        if name in loaded:
+            raise DataError(f"{path} is given twice")
+        loaded[name] = Report.load(path)
+    text = side_by_side(loaded, only, force)
+    if out is not None:
+        with replacing(out) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    print(text)
