@@ -18,6 +18,7 @@ from tokgen.commands.codes import check, decode, encode
 from tokgen.commands.convert import convert
 from tokgen.commands.data import features, motion, pack, tokenize, trajectories
 from tokgen.commands.evaluate import compare, evaluate
+from tokgen.commands.plan import plan
 from tokgen.commands.sample import sample
 from tokgen.errors import TokgenError
 
@@ -69,6 +70,7 @@ def _usage() -> str:
     lines = ["usage: tokgen COMMAND [OPTIONS]   (tokgen COMMAND --help says more)", ""]
     lines.append("  fit          Train: tokgen fit -c tokenizers/vqgan-tiny.yaml -c train/cpu.yaml")
     lines.append("  validate, test, predict   The same with a checkpoint: --ckpt_path PATH")
+    lines.append(f"  plan         {(plan.__doc__ or '').splitlines()[0]}")
     for name, function in COMMANDS.items():
         lines.append(f"  {name:<12} {(function.__doc__ or '').strip().splitlines()[0]}")
     lines += ["", "  --debug      Show the traceback of an error", "  --version"]
@@ -89,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tokgen {tokgen.__version__}")
         return 0
     name, rest = args[0], args[1:]
-    if name not in COMMANDS and name not in TRAINING:
-        known = ", ".join([*TRAINING, *COMMANDS])
+    if name not in COMMANDS and name not in (*TRAINING, "plan"):
+        known = ", ".join([*TRAINING, "plan", *COMMANDS])
         print(f"tokgen: unknown command {name!r}; expected one of {known}", file=sys.stderr)
         return 2
     try:
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tokgen.training.lightning_cli import run
 
             run(name, rest)
+        elif name == "plan":  # takes settings of a run too, and several -c files
+            plan(rest)
         else:
             values = _parser(name).parse_args(rest).as_dict()
             values.pop("config", None)
