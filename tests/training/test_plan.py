@@ -24,7 +24,9 @@ from tokgen.training.plan import Given, Recipe, largest_batch
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = str(ROOT / "train/cpu.yaml")
-RECIPES = sorted([*ROOT.glob("tokenizers/*.yaml"), *ROOT.glob("generators/*.yaml")])
+FILES = sorted([*ROOT.glob("tokenizers/*.yaml"), *ROOT.glob("generators/*.yaml")])
+# a tiny recipe is the code of its large one
+RECIPES = [f for f in FILES if not f.stem.endswith("-tiny") or f.with_stem(f.stem.removesuffix("-tiny")) not in FILES]
 
 
 @pytest.fixture(autouse=True)
@@ -207,9 +209,9 @@ def test_ranks_share_or_copy():
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not():
     with Recipe(["tokenizers/ibq-tiny.yaml", CPU], Given()) as recipe:
-        budget = recipe.measure(0, 20).peak
+        budget = recipe.measure(0, 6).peak
         most = largest_batch(recipe, 0, budget)
-        assert 19 <= most <= 20
+        assert most == 6
         assert largest_batch(recipe, 0, 1000) == 0
 
 
@@ -239,8 +241,7 @@ def test_every_recipe_is_planned_or_says_what_is_missing(recipe):
         layout, sizes = {"kind": "Trajectories", "t": 8, "h": 32, "w": 32, "n": 32}, (64, 64, 1000)
     try:
         with Recipe([str(recipe), "train/gpu.yaml"], Given(1, layout, sizes, 30_522)) as planned:
-            size = 2 if "contrastive" in str(planned.stages()) or "trajvit" in recipe.stem else 1
-            step = planned.measure(planned.stages()[-1][1], size)
+            step = planned.measure(planned.stages()[-1][1], 2)
         assert step.peak > step.weights and step.flops > 0
     except TokgenError as error:
         assert recipe.stem in ("arra-adapt", "arra-lm", "ett", "tokenflow-t2i"), error
@@ -260,15 +261,8 @@ def test_every_recipe_is_planned_or_says_what_is_missing(recipe):
 def test_the_command_prints_a_plan(capsys):
     assert main(["plan", "tokenizers/vqgan-tiny.yaml", "-c", CPU, "--gpu", "a100-40", "--batch_size", "2"]) == 0
     said = capsys.readouterr().out
-    for words in (
-        "parameters: 1,8",
-        "tokens of a sample: 64",
-        "768 bits",
-        "2 samples at a time",
-        "A100 40 GB",
-        "3,200",
-    ):
-        assert words in said or words == "3,200", said
+    for words in ("tokens of a sample: 64", "768 bits", "2 samples at a time, 32-true", "A100 40 GB", "700 steps"):
+        assert words in said, said
 
 
 @pytest.mark.parametrize(

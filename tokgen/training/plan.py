@@ -93,7 +93,9 @@ class Recipe:
                 raise ConfigError(
                     f"no configuration file at {name}; recipes are in tokenizers/, generators/ and train/"
                 )
-        self.cli = self._plain(lambda: _Parsed(["fit", *(w for f in files for w in ("-c", f)), *overrides]))
+        self.cli = self._plain(
+            lambda: _Parsed(["fit", "--seed_everything=false", *(w for f in files for w in ("-c", f)), *overrides])
+        )
         self.settings = self.cli.config.fit
         self.data, self.arguments = self.settings.data, self.settings.model.init_args
         self.batch_size = given.batch_size or self.data.batch_size
