@@ -2,11 +2,12 @@
 
     python train/study_trajectory.py tokens [--video FILE...]   tokens against duration and camera motion; no training
     python train/study_trajectory.py decode --shards DIR        PSNR and bits of clips, beside a VidTok trained equally long
+    python train/study_trajectory.py text --generator RUN/generator --codes DIR   does the drawn camera go where the text says?
 
 `tokens` draws moving clips of which the truth is known (`tokgen.data.synthetic`), and reads real ones if any are given. `decode` takes
 DIR/train and DIR/val, video shards with trajectories (see `tokenizers/trajectory.md`), trains `trajectory-tiny` and then diffusers'
-`AutoencoderVidTok` for the same processor time, and writes a table and a film. Finished runs are kept. Options: --out, --steps,
---seed.
+`AutoencoderVidTok` for the same processor time, and writes a table and a film. Finished runs are kept. `text` takes a text-to-video generator and DIR/train
+and DIR/known, its code shards. Options: --out, --steps, --seed, --merge.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from tokgen.files import write_json
 DURATIONS = (8, 16, 32, 64)
 SIZE = 160  # side of the tracker's pictures
 PATCH, PICTURE = (2, 16, 16), 224  # of the space-time patch tokenizer: ViViT's, and TrajViT's baseline's
-MERGE = 3.0  # what trajectories may differ by and still be one, see `VotingTracker`
 CLIPS = 6
 CAMERAS = {"still": 0.0, "pan 2.5 px a frame": 2.5, "pan 6 px a frame": 6.0}
 
@@ -42,12 +42,12 @@ def patches(frames: int) -> int:
     return frames // PATCH[0] * (PICTURE // PATCH[1]) ** 2
 
 
-def track(clips: list[np.ndarray], truths: list[Any] | None) -> dict[str, float]:
-    """Trajectories as many as the scene has (no budget), and what a budget of 128 keeps of the objects."""
+def track(clips: list[np.ndarray], truths: list[Any] | None, merge: float) -> dict[str, float]:
+    """Trajectories as many as the scene has (no budget), and how well they follow the objects."""
     from tokgen.trajectories.metrics import score_trajectories
     from tokgen.trajectories.voting import VotingTracker
 
-    free = VotingTracker(size=SIZE, budget=None, merge=MERGE)
+    free = VotingTracker(size=SIZE, budget=None, merge=merge)
     found = [free(clip) for clip in clips]
     result = {"count": statistics.mean(f.count for f in found)}
     if truths is not None:
@@ -76,20 +76,20 @@ def real(path: Path, frames: int) -> np.ndarray | None:
         return None if len(video) < frames else video.get_frames(list(range(frames)))
 
 
-def tokens(videos: list[Path], out: Path) -> str:
+def tokens(videos: list[Path], out: Path, merge: float) -> str:
     lines = [
         "| frames | space-time patches | " + " | ".join(f"camera {name}" for name in CAMERAS)
         + "".join(f" | {v.stem}" for v in videos) + " |",
         "|---|---|" + "---|" * (len(CAMERAS) + len(videos)),
     ]  # fmt: skip
-    kept = out / "tokens.json"
+    kept = out / f"tokens-{merge:g}.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     for frames in DURATIONS:
         cells = []
         for name, pan in CAMERAS.items():
             key = f"{name}, {frames}"
             if key not in results:
-                results[key] = track(*moving(frames, pan))
+                results[key] = track(*moving(frames, pan), merge)
                 write_json(results, kept)
             r = results[key]
             cells.append(f"{r['count']:.0f} ({r['tube']:.2f})")
@@ -97,7 +97,7 @@ def tokens(videos: list[Path], out: Path) -> str:
             key = f"{video.stem}, {frames}"
             if key not in results:
                 clip = real(video, frames)
-                results[key] = None if clip is None else track([clip], None)
+                results[key] = None if clip is None else track([clip], None, merge)
                 write_json(results, kept)
             cells.append("" if results[key] is None else f"{results[key]['count']:.0f}")
         lines.append(f"| {frames} | {patches(frames)} | " + " | ".join(cells) + " |")
@@ -269,11 +269,67 @@ def decode(shards: Path, out: Path, steps: int, seed: int) -> str:
     return "\n".join(lines) + f"\n\n{tail}"
 
 
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def drift(codec: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How far the things of clips move to the right from frame to frame, a mean over their areas, (B,): against the camera."""
+    e = codec.decode(ids[..., : len(codec.codebook_sizes)], FRAMES, mask)
+    area = (e.sx * e.sy * e.fill * e.alive)[..., 1:]
+    return (e.x.diff(dim=-1) * (e.alive[..., 1:] & e.alive[..., :-1]) * area).sum((1, 2)) / area.sum((1, 2))
+
+
+@torch.no_grad()
+def text_study(folder: Path, codes: Path, seed: int) -> str:
+    """Bits a code by frequency alone, and whether drawn cameras pan to the side that their captions name."""
+    import tokgen
+    from tokgen.data import ShardsDataModule
+    from tokgen.nn.ellipses import EllipseCodec
+    from tokgen.pretrained import read_config
+
+    torch.set_num_threads(1)
+    generator = tokgen.load(folder).eval()
+    about = read_config(folder / generator.visual_tokenizer)["config"]
+    codec = EllipseCodec(about["frames"], about["keys"], about["levels"])
+    module = ShardsDataModule(train=str(codes / "train"), val=str(codes / "known"), batch_size=120, seed=seed)
+    module.setup("fit")
+    train, known = list(module.train_dataloader()), list(module.val_dataloader())
+    bits, n = 0.0, 0
+    for c, size in enumerate(generator.codebook_sizes):
+        counts = 0.1 + sum(torch.bincount(b["ids"][..., c][b["mask"]], minlength=size) for b in train)
+        seen = torch.cat([b["ids"][..., c][b["mask"] & b["valid"].bool()[:, None]] for b in known])
+        bits, n = bits - float((counts / counts.sum())[seen].log2().sum()), n + len(seen)
+    lines = [
+        f"{bits / n:.2f} bits a code by frequency, {sum(map(math.log2, generator.codebook_sizes)) / len(generator.codebook_sizes):.2f} uniform"
+    ]
+    ways = {"the camera pans left": 1, "the camera pans right": -1}
+    for number, batch in enumerate(known):
+        rows = [
+            i for i, caption in enumerate(batch["caption"]) if batch["valid"][i] and any(w in caption for w in ways)
+        ]
+        captions = [batch["caption"][i] for i in rows]
+        wanted = torch.tensor([next(sign for w, sign in ways.items() if w in c) for c in captions])
+        true = drift(codec, batch["ids"][rows], batch["mask"][rows]).sign() == wanted
+        lines.append(f"batch {number}: {int(true.sum())} of {len(rows)} true clips drift as their captions say")
+        for scale in (1.0, 1.5, 3.0):
+            drawn = generator.generate(captions, generator=seed, temperature=0.8, guidance_scale=scale)
+            right = drift(codec, drawn.ids, drawn.mask).sign() == wanted
+            lengths = drawn.lengths.double()
+            lines.append(
+                f"guidance {scale}: {int(right.sum())} of {len(rows)}; {lengths.mean():.1f} trajectories, "
+                f"{int(lengths.min())} to {int(lengths.max())}"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("tokens", "decode"))
+    parser.add_argument("study", choices=("tokens", "decode", "text"))
     parser.add_argument("--video", type=Path, nargs="*", default=[])
     parser.add_argument("--shards", type=Path, default=ROOT / "runs/moving-trajectories")
+    parser.add_argument("--generator", type=Path, default=ROOT / "runs/trajectory-t2v-tiny/generator")
+    parser.add_argument("--codes", type=Path, default=ROOT / "runs/moving-codes")
+    parser.add_argument("--merge", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/study-trajectory")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
@@ -281,7 +337,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     out = options.out.resolve()
     if options.study == "tokens":
-        text = tokens([v.resolve() for v in options.video], out)
+        text = tokens([v.resolve() for v in options.video], out, options.merge)
+    elif options.study == "text":
+        text = text_study(options.generator, options.codes, options.seed)
     else:
         text = decode(options.shards.resolve(), out, options.steps, options.seed)
     (out / f"{options.study}.md").write_text(text + "\n")
