@@ -1,17 +1,19 @@
-"""MuonAdamW is torch's two optimizers behind one face."""
+"""MuonAdamW is two optimizers behind one face."""
 
 from __future__ import annotations
 
 import copy
 
+import pytest
 import tiny
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 from tokgen.training.base import decay_groups
 from tokgen.training.checkpoint import Checkpoint
-from tokgen.training.muon import MuonAdamW
+from tokgen.training.muon import MuonAdamW, orthogonalize
 
 
 class Net(nn.Module):
@@ -52,8 +54,35 @@ def test_steps_are_those_of_the_two_optimizers():
     hidden.pop("hidden")
     muon = Muon([hidden], lr=0.03, weight_decay=0.1, momentum=0.9)
     train(theirs, muon, AdamW(rest, **settings))
+    inner = id(ours.inner.weight)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
-        assert torch.equal(a, b), name
+        # torch orthogonalizes in bfloat16 on CPUs too, and the rest of the net feels the difference from the second step on
+        torch.testing.assert_close(a, b, rtol=0.02, atol=4e-3 if id(a) == inner else 2e-3, msg=name)
+
+
+def test_the_first_step_of_everything_but_hidden_matrices_is_torchs_bit_for_bit():
+    torch.manual_seed(0)
+    ours = Net()
+    theirs = copy.deepcopy(ours)
+    train(ours, MuonAdamW(decay_groups(ours, [ours.output]), lr=0.01), steps=1)
+    rest = decay_groups(theirs, [theirs.output])[1:]
+    train(theirs, AdamW(rest, lr=0.01, betas=(0.9, 0.95), weight_decay=0.01), steps=1)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(a, b) == (name != "inner.weight"), name
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
+def test_orthogonalized_matrices(shape):
+    """Torch's result up to bfloat16, singular values near one, and the directions of the matrix."""
+    matrix = torch.randn(shape)
+    settings = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    found = orthogonalize(matrix, *settings)
+    torch.testing.assert_close(found, _zeropower_via_newtonschulz(matrix, *settings).float(), rtol=0.05, atol=0.02)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ found @ v.T
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-4
+    if shape != (32, 32):  # the smallest singular values of a square may need more steps
+        assert 0.5 < inner.diagonal().min() and inner.diagonal().max() < 1.5
 
 
 def test_a_saved_run_goes_on_bit_for_bit():
