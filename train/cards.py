@@ -1,0 +1,275 @@
+"""Report cards of every tokenizer and generator on the demo data: train, measure, write `docs/cards`.
+
+    python train/cards.py                        all of them
+    python train/cards.py --only ibq seed        some, and the table of all that are there
+
+The shipped demo models are measured as they are; the others are trained by their tiny recipes for the steps below, which are
+fewer than the recipes' own. Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
+did, with how learnable the codes are, and the study of its codes as a language; of each generator a card on the captions of `val`.
+Finished runs are kept in --out, so that an interrupted call goes on. Options: --out, --cards, --only, --train-only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study import ROOT, SHARDS, tokgen
+
+MODEL = "--model.init_args."
+TEACHER = ROOT / "assets/demo/teacher"
+DATA = {  # kind -> where it lies, and how it is measured
+    "pictures": (SHARDS, ["--size", 64]),
+    "clips": ("clips", ["--frames", 8, "--size", 64]),
+    "motion": ("motion", []),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """`steps` counts those of all stages; `recipe` None is a shipped model, which `model` names."""
+
+    recipe: str | None = None
+    steps: int = 0
+    arguments: tuple[object, ...] = ()
+    data: str = "pictures"
+    tokenizer: str = ""  # of a generator: the card whose codes it learns
+    model: str = ""
+    needs: str = ""  # another card that is trained first
+
+
+def stages(**steps: int) -> tuple[str, str]:
+    return f"{MODEL}stages", json.dumps(
+        [{"name": name, "steps": n, "warmup_steps": 50, "final": 0.05} for name, n in steps.items()]
+    )
+
+
+ETT_STAGES = [
+    {"name": "alignment", "steps": 150, "warmup_steps": 30, "final": 0.1, "train": ["projector", "lm"]},
+    {"name": "semantic", "steps": 200, "warmup_steps": 30, "final": 0.02, "tokenizer_lr": 0.5, "alpha": 0.25},
+]
+TOKENIZERS = {
+    "vqgan": Card(model="assets/demo/tokenizer"),
+    "ibq": Card("ibq-tiny", 800),
+    "ett": Card("ett-tiny", 350, (f"{MODEL}stages", json.dumps(ETT_STAGES)), needs="ibq"),
+    "emu3": Card("emu3-tiny", 1000),
+    "tokenflow": Card("tokenflow-tiny", 800),
+    "seed": Card("seed-tiny", 1000, stages(contrastive=400, codebook=300, pixels=300)),
+    "lavit": Card("lavit-tiny", 1200, stages(features=400, codebook=300, pixels=500)),
+    "trajectory": Card("trajectory-tiny", 800, data="clips"),
+    "video-lavit-motion": Card("video-lavit-motion-tiny", 300, data="motion"),
+}
+GENERATORS = {
+    "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
+    "llama": Card("llama-tiny", 400, tokenizer="vqgan"),
+    "arra": Card("arra-tiny", 700, tokenizer="vqgan"),
+    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 400, tokenizer="tokenflow"),
+    "trajectory-t2v": Card("trajectory-t2v-tiny", 400, tokenizer="trajectory", data="clips"),
+}
+CARDS = TOKENIZERS | GENERATORS
+
+
+# -- what they are trained on -------------------------------------------------------------------------------------------
+
+
+def prepare(out: Path, kind: str) -> Path:
+    """The shards of a kind, `train` and `val`, made if they are not there."""
+    folder = Path(DATA[kind][0])
+    if kind == "pictures":
+        return folder
+    folder = out / folder
+    if not (folder / "finished").is_file():
+        demo = ROOT / "assets/demo"
+        if kind == "motion":
+            script(demo / "motion_clips.py", "--out", folder, "--clips", 300)
+        else:
+            moving = out / "moving"
+            script(demo / "moving_clips.py", "--out", moving, "--clips", 800, "--val", 60, "--size", 64, "--frames", 16)
+            for split in ("train", "val"):
+                tokgen(
+                    "trajectories", moving / split, folder / split, "--source", "voting",
+                    "--set", "size=64", "budget=32", "merge=16", "--size", 64, "--grid", 32,
+                )  # fmt: skip
+        (folder / "finished").touch()
+    return folder
+
+
+def script(path: Path, *arguments: object) -> None:
+    words = [str(a) for a in arguments]
+    print(f"$ python {path.relative_to(ROOT)} {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, str(path), *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def codes(out: Path, name: str) -> Path:
+    """Code shards of a tokenizer, `train` and `val`, with the teacher's embeddings of pictures."""
+    card, folder = TOKENIZERS[name], out / name / "codes"
+    embed = ["--embed", TEACHER] if card.data == "pictures" else []
+    for split in ("train", "val"):
+        source = prepare(out, card.data) / split
+        options = [*DATA[card.data][1], *embed]
+        tokgen("tokenize", source, "--model", model_of(out, name), "--out", folder / split, *options)
+    return folder
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def model_of(out: Path, name: str) -> Path:
+    card = CARDS[name]
+    if card.recipe is None:
+        return ROOT / card.model
+    return out / name / ("generator" if name in GENERATORS else "tokenizer")
+
+
+def train(out: Path, name: str) -> None:
+    card, run = CARDS[name], out / name
+    if card.recipe is None or (run / "finished").is_file():
+        return
+    arguments: list[object] = list(card.arguments)
+    if f"{MODEL}stages" not in arguments:
+        arguments += [f"{MODEL}schedule.total_steps", card.steps]
+    if card.needs:
+        train(out, card.needs)
+        arguments += [f"{MODEL}init_from", model_of(out, card.needs)]
+    if card.tokenizer:
+        train(out, card.tokenizer)
+        shards = codes(out, card.tokenizer)
+        arguments += [f"{MODEL}visual_tokenizer", model_of(out, card.tokenizer), "--samples.count", 0]
+    else:
+        shards = prepare(out, card.data)
+    run.mkdir(parents=True, exist_ok=True)
+    folder = "generators" if card.tokenizer else "tokenizers"
+    started = time.time()
+    tokgen(
+        "fit", "-c", f"{folder}/{card.recipe}.yaml", "-c", "train/cpu.yaml", "--run_dir", run, "--ckpt_path", "auto",
+        "--data.train", shards / "train", "--data.val", shards / "val", "--trainer.val_check_interval", 200, *arguments,
+        log=run / "log.txt",
+    )  # fmt: skip
+    (run / "finished").write_text(f"{time.time() - started:.0f}\n")
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def measure(out: Path, cards: Path, name: str) -> None:
+    card, target = CARDS[name], cards / name
+    shards, options = prepare(out, card.data), DATA[card.data][1]
+    extractor = ["--extractor", "mobilenet" if card.data == "pictures" else "none"]
+    model = model_of(out, name)
+    if name in GENERATORS:
+        text = ["--text_encoder", TEACHER] if card.data == "pictures" else []
+        where = ["--tokenizer", model_of(out, card.tokenizer)]
+        once(
+            target,
+            "evaluate", "generator", model, "--data", shards / "val", *where, *extractor, *text,
+        )  # fmt: skip
+        return
+    probe = ["--probe", "group"] if card.data == "pictures" else []
+    common = ["evaluate", "tokenizer", model, *options, *extractor]
+    once(target / "unseen", *common, "--data", shards / "val", "--learnability", "none")
+    once(target / "seen", *common, "--data", shards / "train", "--learnability", "short", *probe)
+    if not (target / "language/report.json").is_file():
+        tokgen("analyze", codes(out, name) / "train", "--out", target / "language")
+
+
+def once(target: Path, *arguments: object) -> None:
+    """A card that is not there yet."""
+    if not (target / "report.json").is_file():
+        tokgen(*arguments, "--out", target)
+
+
+# -- the page of all ----------------------------------------------------------------------------------------------------
+
+HEAD = """# Report cards
+
+Written by `python train/cards.py`, on the demo data ([what it is](../../assets/demo/README.md)). Every figure stands in its card with the protocol that it was
+measured by; `tokgen compare docs/cards/ibq/seen docs/cards/seed/seen` puts cards side by side.
+
+**This is no ranking.** `vqgan` and `token-shuffle` are the shipped demo models, trained by their recipes; the others had the steps that the table says, a fraction of
+their tiny recipes', one run each. What the methods do when trained alike, with seeds, is in [studies](../studies.md).
+"""
+
+
+def figure(report: dict[str, Any], group: str, name: str, form: str) -> str:
+    value = report.get("figures", {}).get(group, {}).get(name)
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return " / ".join(format(v, form) for v in value)
+    return format(value, form)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads((path / "report.json").read_text()) if (path / "report.json").is_file() else {}
+
+
+def overview(cards: Path) -> str:
+    """The tables of all cards that are there."""
+    columns = (  # title, card, group, figure, format
+        ("PSNR, dB", "unseen", "pixels", "psnr", ".2f"),
+        ("SSIM", "unseen", "pixels", "ssim", ".3f"),
+        ("Frechet distance", "seen", "distribution", "frechet", ".1f"),
+        ("tokens", "seen", "codes", "tokens", ".1f"),
+        ("bits", "seen", "codes", "bits", ".0f"),
+        ("codes in use", "seen", "codes", "usage", ".1%"),
+        ("perplexity", "seen", "codes", "perplexity", ".0f"),
+        ("learned: bits a code", "seen", "learnability", "ar_bits_per_code", ".2f"),
+        ("learned: bits", "seen", "learnability", "ar_bits", ".0f"),
+    )
+    titles = ["tokenizer", "steps", *(title for title, *_ in columns), "cards"]
+    lines = [HEAD, "## Tokenizers", "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, card in TOKENIZERS.items():
+        reports = {kind: read(cards / name / kind) for kind in ("unseen", "seen")}
+        if not reports["seen"]:
+            continue
+        row = [figure(reports[kind], group, key, form) for _, kind, group, key, form in columns]
+        links = [f"[{what}]({name}/{what}/report.md)" for what in ("unseen", "seen", "language")]
+        lines.append("| " + " | ".join([name, _steps(card), *row, ", ".join(links)]) + " |")
+    columns = (
+        ("Frechet distance", "", "distribution", "frechet", ".1f"),
+        ("text score", "", "text", "text_score", ".1f"),
+        ("of the references", "", "text", "text_score_of_references", ".1f"),
+        ("own caption is nearest", "", "text", "image_to_text", ".1%"),
+        ("drawing, s", "", "speed", "seconds", ".3f"),
+    )
+    titles = ["generator", "steps", "codes of", *(title for title, *_ in columns), "card"]
+    lines += ["", "## Generators", "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, card in GENERATORS.items():
+        report = read(cards / name)
+        if not report:
+            continue
+        row = [figure(report, group, key, form) for _, _, group, key, form in columns]
+        lines.append("| " + " | ".join([name, _steps(card), card.tokenizer, *row, f"[card]({name}/report.md)"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _steps(card: Card) -> str:
+    return str(card.steps) if card.recipe else "shipped"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/cards", help="where runs and codes go")
+    parser.add_argument("--cards", type=Path, default=ROOT / "docs/cards", help="where cards go")
+    parser.add_argument("--only", nargs="+", choices=CARDS, default=list(CARDS))
+    parser.add_argument("--train-only", action="store_true", help="train, and measure another time")
+    arguments = parser.parse_args()
+    out = arguments.out.absolute()
+    for name in arguments.only:
+        train(out, name)
+        if not arguments.train_only:
+            measure(out, arguments.cards, name)
+    if not arguments.train_only:
+        page = arguments.cards / "README.md"
+        page.write_text(overview(arguments.cards))
+        print(f"\n{page}")
+
+
+if __name__ == "__main__":
+    main()
