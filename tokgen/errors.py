@@ -5,6 +5,18 @@ The command line prints that sentence and ends with code 2; `--debug` shows the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those it came from, each once: an error that is raised again may come from itself."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and not any(link is other for other in seen):
+        seen.append(link)
+        yield link
+        link = link.__cause__ or link.__context__
+
 
 class TokgenError(Exception):
     """Base of every error that a user can mend."""

@@ -14,7 +14,7 @@ from tokgen.data.clips import ClipSamples
 from tokgen.data.decode import MAX_MEMBER_BYTES, MAX_PIXELS, BadSample
 from tokgen.data.shard_set import ShardSet, features_identity
 from tokgen.data.stream import ShardLoader
-from tokgen.data.tar import iter_samples, open_bytes
+from tokgen.data.tar import RawSample, Unreadable, read_samples
 from tokgen.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class ShardsDataModule(L.LightningDataModule):
         """Read manifests and check everything that can be checked before training.
 
         Raises:
-            FileNotFoundError: a folder, manifest or shard is missing.
+            FileNotFoundError: a folder or manifest is missing, or the shards of half of the samples or more.
             DataError: a folder cannot be read, splits do not belong together, too few samples, a first sample that
                 does not decode.
             ConfigError: an option that does not fit the data.
@@ -243,24 +243,35 @@ class ShardsDataModule(L.LightningDataModule):
     def _check_first_sample(self, shards: ShardSet) -> None:
         """Decode the first good sample among the first few: wrong options show before training, not in a worker."""
         samples = self._samples(shards, train=False)
-        errors = []
-        with open_bytes(shards.shards[0].location, shards.allow_shell_urls) as file:
-            raws = iter_samples(file, extensions=samples.extensions, max_member_bytes=self.max_member_bytes)
-            for _, (_, raw) in zip(range(16), raws):
-                try:
-                    if raw.problem:
-                        raise BadSample(raw.problem)
-                    item = samples(raw, None)
-                except BadSample as error:
-                    errors.append(str(error))
-                    continue
-                samples.collate([item])
-                if shards.kind == "images" and self.resize != "none":
-                    self._check_size(raw, shards.shards[0].location)
-                return
-        log.warning(
-            "None of the first %d samples of %s is good: %s.", len(errors), shards.shards[0].location, errors[:3]
-        )
+        options = {"extensions": samples.extensions, "max_member_bytes": self.max_member_bytes}
+        errors: list[str] = []
+        for shard in shards.shards:
+            try:
+                for _, raw in read_samples(shard.location, shards.allow_shell_urls, **options):
+                    if self._is_good(shards.kind, samples, raw, shard.location, errors):
+                        return
+                    if len(errors) == 16:
+                        break
+                break
+            except Unreadable as error:  # then the next shard
+                unreadable = error
+        else:
+            raise DataError(f"None of the {len(shards.shards)} shards can be read: {unreadable}") from unreadable
+        log.warning("None of the first %d samples of %s is good: %s.", len(errors), shard.location, errors[:3])
+
+    def _is_good(self, kind: str, samples: Any, raw: RawSample, where: str, errors: list[str]) -> bool:
+        """Whether the sample decodes; if not, why is added to `errors`."""
+        try:
+            if raw.problem:
+                raise BadSample(raw.problem)
+            item = samples(raw, None)
+        except BadSample as error:
+            errors.append(str(error))
+            return False
+        samples.collate([item])
+        if kind == "images" and self.resize != "none":
+            self._check_size(raw, where)
+        return True
 
     def _check_size(self, raw: Any, where: str) -> None:
         samples = ImageSamples(Captions(required=False), None, "none", train=False, max_pixels=self.max_pixels)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 
 from tokgen.data.decode import MAX_MEMBER_BYTES, BadSample, decode_json
 from tokgen.data.shards import Manifest
-from tokgen.data.tar import RawSample, iter_samples, join, open_bytes, scheme
+from tokgen.data.tar import RawSample, Unreadable, join, read_samples, scheme
 from tokgen.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -99,35 +101,42 @@ class ShardSet:
         return cls(first.kind, meta, shards, allow_shell_urls)
 
     def check_files(self) -> None:
-        """Raise for local shards that are missing or unreadable; warn of those whose size is not the manifest's.
+        """Warn of local shards that are missing, unreadable, or of another size than the manifest's.
 
         Raises:
-            FileNotFoundError, DataError: naming the first few shards.
+            FileNotFoundError, DataError: half of the samples or more are out of reach; names the first few shards.
         """
-        missing, closed, resized, total = [], [], [], 0
+        missing, closed, resized, total, lost = [], [], [], 0, 0
         for shard in self.shards:
             if scheme(shard.folder):
                 continue
             total += 1
             try:
-                size = os.stat(shard.location).st_size
+                found = os.stat(shard.location)
             except FileNotFoundError:
                 missing.append(shard.location)
-                continue
             except OSError:
                 closed.append(shard.location)
-                continue
-            if not os.access(shard.location, os.R_OK):
+            else:
+                if stat.S_ISREG(found.st_mode) and os.access(shard.location, os.R_OK):
+                    if found.st_size != shard.bytes:
+                        resized.append(shard.location)
+                    continue
                 closed.append(shard.location)
-            elif size != shard.bytes:
-                resized.append(shard.location)
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {total} shards of the manifest are missing: {some(missing)}. "
-                f"Copy them again, or pack the data set anew."
-            )
-        if closed:
-            raise DataError(f"{len(closed)} of {total} shards cannot be read (permission denied): {some(closed)}.")
+            lost += shard.count
+        for kind, named, what in (
+            (FileNotFoundError, missing, "of the manifest are missing"),
+            (DataError, closed, "cannot be read (no permission, or not a file)"),
+        ):
+            if named and 2 * lost >= self.samples:
+                raise kind(
+                    f"{len(named)} of {total} shards {what}: {some(named)}. Copy them again, or pack the data set anew."
+                )
+            if named:
+                log.warning(
+                    "%d of %d shards %s: %s. Others stand in for their samples, which will be counted as missing.",
+                    len(named), total, what, some(named),
+                )  # fmt: skip
         if resized:
             log.warning(
                 "%d of %d shards do not have the size that the manifest gives: %s. Samples that are lost will be counted.",
@@ -161,8 +170,9 @@ class ShardSet:
         shards, lost = [], 0
         for shard in self.shards:
             found, indices = 0, []
-            with open_bytes(shard.location, self.allow_shell_urls) as file:
-                for index, raw in iter_samples(file, extensions=("json",), max_member_bytes=MAX_MEMBER_BYTES):
+            options = {"extensions": ("json",), "max_member_bytes": MAX_MEMBER_BYTES}
+            with contextlib.suppress(Unreadable):
+                for index, raw in read_samples(shard.location, self.allow_shell_urls, **options):
                     found = index + 1
                     if index < shard.samples and matches(raw):
                         indices.append(index)

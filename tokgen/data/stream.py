@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,14 +33,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tokgen.data.decode import EXTENSIONS, MAX_MEMBER_BYTES, BadSample
 from tokgen.data.plan import BufferOrder, Part, Passes, Run, reader_part
 from tokgen.data.shard_set import ShardSet, some
-from tokgen.data.tar import Damage, RawSample, iter_samples, open_bytes, scheme
+from tokgen.data.tar import Damage, RawSample, Unreadable, read_samples
 from tokgen.errors import DataError
 
 log = logging.getLogger(__name__)
 
 _ALWAYS_TOLERATED = 3  # bad samples per epoch that never stop a run, so that one odd file does not end a tiny data set
 _MISSING_LIMIT = 0.5  # part of an epoch that may be missing from damaged shards
-_REMOTE_ATTEMPTS = 4
 
 
 # --------------------------------------------------------------------------------------------------------- the reader
@@ -95,26 +93,15 @@ class _Reader:
         }  # index in the shard -> ordinal
         last = max(ordinals)
         damage = Damage()
-        attempt = 0
-        while ordinals:
-            try:
-                with open_bytes(shard.location, self.shards.allow_shell_urls) as file:
-                    samples = iter_samples(file, wanted=lambda index: index in ordinals, damage=damage, **self.options)
-                    for index, sample in samples:
-                        if index in ordinals:
-                            yield ordinals.pop(index), sample, shard.location
-                        if index >= last:
-                            break
-                break
-            except DataError:
-                raise
-            except Exception as error:  # file systems behind fsspec raise types of their own
-                if not isinstance(error, OSError) and not scheme(shard.location):
-                    raise
-                attempt += 1
-                if attempt >= _REMOTE_ATTEMPTS or not scheme(shard.location):
-                    raise DataError(f"{shard.location} could not be read ({type(error).__name__}: {error}).") from error
-                time.sleep(0.5 * 2**attempt)
+        options = {"wanted": lambda index: index in ordinals, "damage": damage, **self.options}
+        try:
+            for index, sample in read_samples(shard.location, self.shards.allow_shell_urls, **options):
+                if index in ordinals:
+                    yield ordinals.pop(index), sample, shard.location
+                if index >= last:
+                    break
+        except Unreadable as error:  # what was read before it is used
+            damage.add(str(error))
         for ordinal in ordinals.values():  # listed in the manifest, not found in the shard
             yield ordinal, RawSample("", problem=_MISSING + ", ".join(damage.notes)), shard.location
 
@@ -341,7 +328,7 @@ class ShardLoader:
         pin_memory, multiprocessing_context: as in torch's DataLoader.
 
     Raises:
-        DataError: fewer samples than one batch on every rank; while iterating: too many bad samples, an unreadable shard.
+        DataError: fewer samples than one batch on every rank; while iterating: too many bad or missing samples, none that can be read.
     """
 
     def __init__(

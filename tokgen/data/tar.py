@@ -12,18 +12,25 @@ adjacent.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shlex
+import stat
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any, TypeVar
 
-from tokgen.errors import DataError, MissingDependency
+from tokgen.errors import DataError, MissingDependency, TokgenError
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 BLOCK = 512
 _LONG_NAME_LIMIT = 64 * 1024  # bytes of a name record: real ones have a few hundred
 _SIZE_LIMIT = 1 << 60  # of a member: base-256 and records can claim what no file system can seek to
+_ATTEMPTS, _FIRST_PAUSE = 6, 1.0  # of reads without progress; seconds, doubled each time: half a minute in all
 _REMOTE = ("http", "https", "s3", "gs", "hf")
 _EXTRA_FOR = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 
@@ -88,6 +95,8 @@ def open_bytes(location: str, allow_shell_urls: bool = False) -> IO[bytes]:
     if kind and kind not in _REMOTE and not (kind == "pipe" and allow_shell_urls):
         check_location(location)
     if not kind:
+        if stat.S_ISFIFO(os.stat(location).st_mode):  # opening it would wait for a writer
+            raise OSError(errno.EINVAL, "a pipe and not a file", location)
         return open(location, "rb", buffering=1 << 18)
     if kind == "pipe":
         return _Pipe(location[len("pipe:") :])
@@ -99,6 +108,38 @@ def open_bytes(location: str, allow_shell_urls: bool = False) -> IO[bytes]:
         raise MissingDependency(
             f"{location!r} needs the package {_EXTRA_FOR[kind]}: pip install {_EXTRA_FOR[kind]}"
         ) from error
+
+
+class Unreadable(DataError):
+    """A location that cannot be read, now or after some waiting; the cause says why."""
+
+
+def patiently(location: str, read: Callable[[], T], attempt: int = 0) -> T:
+    """`read()`, tried again after a pause when it fails in a way that may pass: a server or a network disk that is away.
+
+    Raises:
+        Unreadable: it goes on failing, or in a way that does not pass (no such file, no permission).
+    """
+    while True:
+        try:
+            return read()
+        except Exception as error:
+            attempt = _pause(location, error, attempt)
+
+
+def _pause(location: str, error: Exception, attempt: int) -> int:
+    """Wait after a failure and return the number of failures, or raise Unreadable, or the error if it is none of reading."""
+    system = isinstance(error, OSError)
+    reading = system or bool(scheme(location))  # fsspec's file systems have errors of their own
+    if isinstance(error, TokgenError) or not reading:
+        raise error
+    lasting = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+    if lasting or (system and error.errno == errno.EINVAL) or attempt + 1 >= _ATTEMPTS:
+        why = error.strerror if system and error.strerror else f"{type(error).__name__}: {error}"
+        raise Unreadable(f"{location} could not be read ({why}).") from error
+    log.info("%s could not be read (%s: %s); trying again", location, type(error).__name__, error)
+    time.sleep(_FIRST_PAUSE * 2**attempt)
+    return attempt + 1
 
 
 # ------------------------------------------------------------------------------------------------------ members of a tar
@@ -312,3 +353,22 @@ def iter_samples(
             sample.members[extension] = data
     if sample is not None:
         yield index, sample
+
+
+def read_samples(location: str, allow_shell_urls: bool = False, **options: Any) -> Iterator[tuple[int, RawSample]]:
+    """`iter_samples(**options)` of a shard, wherever it lies. Reading that fails for a moment goes on where it was.
+
+    Raises:
+        Unreadable: it goes on failing; the samples before have been given.
+    """
+    given, attempt = -1, 0
+    while True:
+        try:
+            with open_bytes(location, allow_shell_urls) as file:
+                for index, sample in iter_samples(file, **options):
+                    if index > given:
+                        given, attempt = index, 0
+                        yield index, sample
+            return
+        except Exception as error:
+            attempt = _pause(location, error, attempt)
