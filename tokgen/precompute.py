@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,37 +22,19 @@ from tokgen.data.decode import (
     EMBEDDING,
     FEATURES,
     IMAGE_EXTENSIONS,
-    MAX_MEMBER_BYTES,
     BadSample,
     decode_image,
     decode_json,
 )
-from tokgen.data.shards import MANIFEST, PARTIAL, Manifest, ShardWriter
-from tokgen.data.tar import RawSample, iter_samples, join, open_bytes
+from tokgen.data.shards import Manifest, ShardWriter
+from tokgen.data.tar import RawSample
+from tokgen.data.units import UnitsReport, begun_meta, share_units, units_of
 from tokgen.errors import DataError, InputError
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
 
 if TYPE_CHECKING:
     from tokgen.encoders.base import ImageEncoder
-
-
-@dataclass
-class PrecomputeReport:
-    """Samples written by this call and already there before it, and those skipped, by reason."""
-
-    done: str = "tokenized"
-    written: int = 0
-    kept: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        text = f"{self.written} samples {self.done}"
-        if self.kept:
-            text += f", {self.kept} kept from an earlier run"
-        if self.skipped:
-            text += ", skipped: " + ", ".join(f"{n} ({reason})" for reason, n in sorted(self.skipped.items()))
-        return text
 
 
 # -- codes ------------------------------------------------------------------------------------------------------------
@@ -73,12 +56,13 @@ def tokenize_shards(
     fps: float | None = None,
     frame_stride: int = 1,
     progress: bool = True,
-) -> PrecomputeReport:
+) -> UnitsReport:
     """Encode every image, or a clip of every video, of a shard folder and write ids, captions and metadata as code shards.
 
     Items of different numbers of tokens are written as long as they are. Of a video it is the clip that a data module takes in
     validation, from its middle; where the shards hold its trajectories (`tokgen trajectories`) and the tokenizer takes them,
-    it gets them. A run that was interrupted continues where its last whole shard ended; a complete folder is left as it is.
+    it gets them. Processes that are given the same arguments share the work, and a run that was interrupted continues after the
+    shards that were whole, whatever their number, see `tokgen.data.units`; a complete folder is left as it is.
 
     Args:
         source: a folder of image or video shards with a manifest.
@@ -89,7 +73,7 @@ def tokenize_shards(
         size: side of the square images; None takes the side that the tokenizer is made for, or else the images as they are
             (all of one size).
         resize: "crop" or "squash", see `tokgen.data.batches.resize_image`.
-        max_samples: samples in a shard, and so the most that an interruption costs.
+        max_samples: samples in a shard; what a process takes at a time, and so the most that its loss costs.
         options: given to `tokenizer.encode`, such as {"keep": 0.5} of LaVIT; kept in the manifest's meta if there are any.
         frames, fps, frame_stride: of video shards, as those of `ShardsDataModule`; frames must be given.
 
@@ -119,7 +103,6 @@ def tokenize_shards(
         )
     tokenizer = tokenizer.eval()
     size = tokenizer.image_size[0] if size is None and tokenizer.image_size is not None else size
-    report = PrecomputeReport("tokenized")
     options = dict(options or {})
     read: _Reader = _Pictures(size, resize)
     about: dict[str, Any] = {"folder": Path(source).name, "size": size, "resize": resize, **options}
@@ -150,26 +133,28 @@ def tokenize_shards(
         encoder = encoder.eval()
         meta["embedding"] = {"encoder": encoder_from or encoder.name, "name": encoder.name, "dim": encoder.dim}
     small = max(tokenizer.codebook_sizes) <= 2**15
-    with ShardWriter(out, kind="codes", meta=meta, max_samples=max_samples, resume=True) as writer:
-        report.kept = writer.samples
-        items = _items(source, manifest, read, writer, report, progress)
-        for samples, batch in _batches(source, items, batch_size, tokenizer.factor):
+
+    def write(samples: Iterator[RawSample], writer: ShardWriter, skipped: Counter) -> None:
+        for raws, batch in _batches(source, _items(samples, read, skipped), batch_size, tokenizer.factor):
             tokens = encoded(batch)
             if tokens.layout != layout:
                 raise DataError(f"{what} of different sizes in one set ({tokens.layout} and {layout}); give size=")
-            embeddings = [None] * len(samples)
+            embeddings = [None] * len(raws)
             if encoder is not None:
                 embeddings = _half(
                     encoder, "embeddings", encoder.embed, batch["pixels"], "use one that normalises them"
                 )
-            for raw, item, embedding in zip(samples, tokens.cpu(), embeddings):
+            for raw, item, embedding in zip(raws, tokens.cpu(), embeddings):
                 ids = item.ids[0, : int(item.lengths[0])].numpy()
                 members = {"npy": ids.astype(np.int16 if small else np.int32)}
                 if embedding is not None:
                     members[EMBEDDING] = embedding
                 writer.write(raw.key, {**members, **_about_codes(raw, len(ids))})
-                report.written += 1
-    return report
+
+    return share_units(
+        source, out, write, kind="codes", meta=meta, extensions=read.extensions, max_samples=max_samples, done="tokenized",
+        progress="tokenizing" if progress else None,
+    )  # fmt: skip
 
 
 def _about_codes(raw: RawSample, length: int) -> dict[str, bytes]:
@@ -194,12 +179,12 @@ def feature_shards(
     batch_size: int = 32,
     max_samples: int = 10_000,
     progress: bool = True,
-) -> PrecomputeReport:
+) -> UnitsReport:
     """Image shards again, with the features of each picture beside it: `KEY.feat.npy`, float16 (N, C).
 
     A frozen encoder gives the same features in every epoch, so that they need to be computed only once: they are those of
-    the picture as a data module with this `size` and `resize` reads it, without augmentation. A run that was interrupted
-    continues where its last whole shard ended; a complete folder is left as it is.
+    the picture as a data module with this `size` and `resize` reads it, without augmentation. Processes share the
+    work, and a run that was interrupted continues, as with `tokenize_shards`; a complete folder is left as it is.
 
     Args:
         encoder: whose `features` are taken.
@@ -209,7 +194,7 @@ def feature_shards(
         encoder_from: what `load_encoder` made it from, as recipes write it; None takes its name.
         size: side of the square images; None: all images are squares of one size and are taken as they are.
         resize: "squash" (as the published semantic tokenizers) or "crop", see `tokgen.data.batches.resize_image`.
-        max_samples: samples in a shard, and so the most that an interruption costs.
+        max_samples: samples in a shard; what a process takes at a time, and so the most that its loss costs.
 
     Raises:
         DataError: the source is no folder of image shards, its pictures do not fit, features are not finite or beyond
@@ -231,42 +216,39 @@ def feature_shards(
         "size": size,
         "resize": resize,
     }
-    made = _as_begun(out, made)
-    report = PrecomputeReport("given features")
-    meta = {**manifest.meta, "features": made}
-    with ShardWriter(out, kind="images", meta=meta, max_samples=max_samples, resume=True) as writer:
-        report.kept = writer.samples
-        items = _items(source, manifest, read, writer, report, progress, "computing features")
-        for samples, batch in _batches(source, items, batch_size):
+    meta = {**manifest.meta, "features": _as_begun(out, made)}
+
+    def write(samples: Iterator[RawSample], writer: ShardWriter, skipped: Counter) -> None:
+        for raws, batch in _batches(source, _items(samples, read, skipped), batch_size):
             pixels = batch["pixels"]
             if tuple(pixels.shape[-2:]) != (size, size):
                 raise DataError(
-                    f"sample {samples[0].key} of {source} is {tuple(pixels.shape[-2:])}, and without size= all images "
+                    f"sample {raws[0].key} of {source} is {tuple(pixels.shape[-2:])}, and without size= all images "
                     f"must be squares of one size ({size} x {size}, as the first would be); give size="
                 )
-            for raw, row in zip(samples, _half(encoder, "features", encoder.features, pixels)):
+            for raw, row in zip(raws, _half(encoder, "features", encoder.features, pixels)):
                 writer.write(raw.key, {**_members(raw, (*IMAGE_EXTENSIONS, "txt", "json")), FEATURES: row})
-                report.written += 1
-    return report
+
+    return share_units(
+        source, out, write, kind="images", meta=meta, extensions=read.extensions, max_samples=max_samples,
+        done="given features", progress="computing features" if progress else None,
+    )  # fmt: skip
 
 
 def _as_begun(out: str | os.PathLike[str], made: dict[str, Any]) -> dict[str, Any]:
     """`made` under the names by which `out` was begun. Raises DataError that says how what `out` holds differs from it."""
-    for name in (MANIFEST, PARTIAL):
-        path = Path(out) / name
-        if not path.is_file():
-            continue
-        before = Manifest.from_json(path.read_text(encoding="utf-8"), str(path)).meta.get("features")
-        for fact in ("fingerprint", "shape", "size", "resize") if before else ():
-            if before.get(fact) != made[fact]:
-                raise DataError(
-                    f"{out} holds features of {before.get('name')} ({before.get('fingerprint')}; size {before.get('size')}, "
-                    f"resize {before.get('resize')}), and those asked for now are of {made['name']} ({made['fingerprint']}; "
-                    f"size {made['size']}, resize {made['resize']}): their {fact} differs; give another folder or remove this one"
-                )
-        if before:  # the same weights may have moved to another folder
-            return {**made, **{fact: before[fact] for fact in ("encoder", "name") if fact in before}}
-    return made
+    before = (begun_meta(out) or {}).get("features")
+    if not before:
+        return made
+    for fact in ("fingerprint", "shape", "size", "resize"):
+        if before.get(fact) != made[fact]:
+            raise DataError(
+                f"{out} holds features of {before.get('name')} ({before.get('fingerprint')}; size {before.get('size')}, "
+                f"resize {before.get('resize')}), and those asked for now are of {made['name']} ({made['fingerprint']}; "
+                f"size {made['size']}, resize {made['resize']}): their {fact} differs; give another folder or remove this one"
+            )
+    # the same weights may have moved to another folder
+    return {**made, **{fact: before[fact] for fact in ("encoder", "name") if fact in before}}
 
 
 # -- pictures and clips in ----------------------------------------------------------------------------------------------
@@ -322,30 +304,24 @@ class _Clips:
 
 def _first(source: str | os.PathLike[str], manifest: Manifest, read: _Reader) -> dict[str, Tensor]:
     # the first readable one says what the whole set is like
-    for _, item in _items(source, manifest, read, (), PrecomputeReport(), False):
-        return item
+    for unit in units_of(manifest, max_samples=max(1, manifest.samples)):
+        for _, item in _items(unit.samples(source, read.extensions), read, Counter()):
+            return item
     raise DataError(f"{source} holds no readable {manifest.kind.removesuffix('s')}")
 
 
 def _items(
-    source, manifest: Manifest, read: _Reader, done, report: PrecomputeReport, progress: bool, doing: str = "tokenizing"
+    samples: Iterator[RawSample], read: _Reader, skipped: Counter
 ) -> Iterator[tuple[RawSample, dict[str, Tensor]]]:
-    from rich.progress import track
-
-    shards = track(manifest.shards, f"{doing}, by shards") if progress else manifest.shards
-    for shard in shards:
-        with open_bytes(join(os.fspath(source), shard.name)) as file:
-            for _, raw in iter_samples(file, extensions=read.extensions, max_member_bytes=MAX_MEMBER_BYTES):
-                if raw.key in done:
-                    continue
-                try:
-                    if raw.problem:
-                        raise BadSample(raw.problem)
-                    item = read(raw)
-                except BadSample as bad:
-                    report.skipped[bad.reason] = report.skipped.get(bad.reason, 0) + 1
-                    continue
-                yield raw, item
+    for raw in samples:
+        try:
+            if raw.problem:
+                raise BadSample(raw.problem)
+            item = read(raw)
+        except BadSample as bad:
+            skipped[bad.reason] += 1
+            continue
+        yield raw, item
 
 
 def _batches(

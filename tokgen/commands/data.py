@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,10 @@ def tokenize(
 ) -> None:
     """Write code shards (ids and captions) of image or video shards, for generators to train on; continues an interrupted run.
 
+    Processes started with the same options share the work, max_samples at a time: under torchrun
+    (`torchrun --nproc-per-node 8 -m tokgen tokenize …`), or one by one on machines that share the folder. What is written does
+    not depend on their number, and those that are left do the work of one that is lost.
+
     Args:
         shards: folder of image shards, or of video shards, of each of which the clip in the middle is taken.
         model: folder or Hub name of the tokenizer.
@@ -65,22 +70,23 @@ def tokenize(
         size: side of the square images; without it they are taken as they are, or as the tokenizer needs them.
         batch_size: images or clips encoded at once.
         resize: how images become square.
-        max_samples: samples in a shard.
+        max_samples: samples in a shard, and what a process takes at a time.
         keep: of tokenizers that choose how many tokens a picture gets: a count, or a share such as 0.25.
         frames: of videos, frames of a clip.
         fps: of videos, frames a second; every frame of the file without it.
         frame_stride: of videos, from one frame of the clip to the next, at that rate.
-        device: such as "cuda:0"; the best there is without it.
+        device: such as "cuda:0"; the best there is without it, under torchrun a GPU for each process.
     """
     from tokgen.precompute import tokenize_shards
 
+    device = _device(device)
     tokenizer = load_tokenizer(model, device)
     options = encode_options(tokenizer, keep=keep)
     encoder = None
     if embed is not None:
         from tokgen.encoders.base import load_encoder
 
-        encoder = load_encoder(embed).to(device or best_device())
+        encoder = load_encoder(embed).to(device)
     report = tokenize_shards(
         tokenizer, shards, out, encoder=encoder, encoder_from=embed, size=size, batch_size=batch_size, resize=resize,
         max_samples=max_samples, options=options, frames=frames, fps=fps, frame_stride=frame_stride,
@@ -100,6 +106,8 @@ def features(
 ) -> None:
     """Write image shards with a frozen encoder's features, for semantic tokenizers to train on; continues an interrupted run.
 
+    Processes share the work, as with `tokgen tokenize`.
+
     Args:
         shards: folder of image shards.
         encoder: what the tokenizer's config.encoder names: a folder, or a name such as "timm:vit_base_patch16_224.dino".
@@ -107,17 +115,28 @@ def features(
         size: side of the square images, image_size in training; without it all images must be squares of one size.
         resize: how images become square, as in training.
         batch_size: images encoded at once.
-        max_samples: samples in a shard.
-        device: such as "cuda:0"; the best there is without it.
+        max_samples: samples in a shard, and what a process takes at a time.
+        device: such as "cuda:0"; the best there is without it, under torchrun a GPU for each process.
     """
     from tokgen.encoders.base import load_encoder
     from tokgen.precompute import feature_shards
 
-    network = load_encoder(encoder).to(device or best_device())
+    network = load_encoder(encoder).to(_device(device))
     report = feature_shards(
         network, shards, out, encoder_from=encoder, size=size, resize=resize, batch_size=batch_size, max_samples=max_samples
     )  # fmt: skip
     print(f"{report}; image shards with features of {network.name} are in {out}")
+
+
+def _device(device: str | None) -> str:
+    """The one asked for, or the best there is; of several GPUs the one that torchrun means for this process."""
+    import torch
+
+    device = device or best_device()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
 
 
 def motion(

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from tokgen.data.tar import Damage, check_location, iter_samples, join, open_bytes, scheme
+from tokgen.data.tar import Damage, Unreadable, check_location, iter_samples, join, open_bytes, patiently, scheme
 from tokgen.errors import DataError
 from tokgen.files import replacing
 
 FORMAT, VERSION = "tokgen-shards", 1
 KINDS = ("images", "codes", "videos", "motion")
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+UNITS = ".units"  # folder inside one that several processes are making, see `tokgen.data.units`
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _KEY_LIMIT = 80  # characters; with any extension it stays inside ustar's 100-byte name field
 _MANIFEST_LIMIT = 256 << 20
@@ -110,13 +111,17 @@ class Manifest:
         where = join(folder, MANIFEST)
         if not scheme(folder):
             _check_folder(folder)
-        try:
+
+        def read() -> bytes:
             with open_bytes(where, allow_shell_urls) as file:
-                text = file.read(_MANIFEST_LIMIT)
-        except PermissionError as error:
-            raise DataError(f"{where} cannot be read: permission denied.") from error
-        except OSError as error:
-            raise FileNotFoundError(f"{where} cannot be read ({error}).") from error
+                return file.read(_MANIFEST_LIMIT)
+
+        try:
+            text = patiently(where, read)
+        except Unreadable as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise FileNotFoundError(f"{where} cannot be read: there is no such file.") from error
+            raise
         return cls.from_json(text.decode("utf-8", "replace"), where)
 
 
@@ -133,7 +138,7 @@ def _check_folder(folder: str) -> None:
         raise DataError(f"{folder} cannot be read: permission denied.") from error
     if MANIFEST in names:
         return
-    if PARTIAL in names:
+    if PARTIAL in names or UNITS in names:
         raise FileNotFoundError(f"{folder} holds an interrupted run; repeat the command that wrote it to continue it.")
     if any(name.endswith(".tar") for name in names):
         raise FileNotFoundError(
