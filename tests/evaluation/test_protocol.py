@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 
 import pytest
 import torch
@@ -73,6 +74,36 @@ def test_samples_are_evenly_spaced_over_all_shards(tmp_path):
     )
     with pytest.raises(DataError, match=r"11 samples were asked for, and .* holds 10"):
         EvaluationSet(folder, 11, resize="none")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_holds_the_same_samples_whoever_reads_it(tmp_path, workers):
+    data = EvaluationSet(
+        shards(tmp_path / "a", 23, max_samples=5), 20, batch_size=3, resize="none", num_workers=workers
+    )
+    assert data.count == 7
+    expected = {n: [f"k{i * 23 // 20:03d}" for i in range(3 * n, min(3 * n + 3, 20))] for n in range(7)}
+    for numbers in ([0, 2, 3, 6], [1, 4, 5]) if workers else (range(7), [0, 2, 3, 6], [5], [6]):
+        assert {batch["number"]: batch["key"] for batch in data.batches(numbers)} == {n: expected[n] for n in numbers}
+
+
+def test_a_label_is_a_field_of_the_json(tmp_path):
+    with ShardWriter(tmp_path / "a") as writer:
+        for i in range(3):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(file, "PNG")
+            about = {"caption": "x", "group": f"g{i % 2}", "number": i, "tags": ["a"]}
+            writer.write(
+                f"k{i}", {"png": file.getvalue(), "json": json.dumps(about).encode(), "cls": str(7 + i).encode()}
+            )
+    found = {}
+    for name in ("group", "number", "cls"):
+        (batch,) = EvaluationSet(tmp_path / "a", label=name, resize="none").batches()
+        found[name] = batch["label"]
+    assert found == {"group": ["g0", "g1", "g0"], "number": ["0", "1", "2"], "cls": ["7", "8", "9"]}
+    for name in ("kind", "tags"):
+        with pytest.raises(DataError, match=f"no field '{name}' .* are caption, cls, group, number$"):
+            EvaluationSet(tmp_path / "a", label=name, resize="none")
 
 
 @pytest.fixture(scope="module")

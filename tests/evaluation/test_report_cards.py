@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,11 @@ def test_a_generator_card(folder, capsys):
         assert a.protocols[group] == b.protocols[group]
         assert a.figures[group] == pytest.approx(b.figures[group], rel=1e-5)
     assert a.subject["sampling"]["guidance_scale"] == 1.0 and a.figures["speed"]["seconds"] > 0
+    assert not (folder / "a" / "partial").exists(), "what was kept while measuring is gone"
+    again = shlex.split(a.about["command"])
+    assert again[:4] == ["tokgen", "evaluate", "generator", str(folder / "generator")] and a.about["processes"] == 1
+    assert run(*again[1:], "--out", folder / "repeated") == 0, "the command is in the report"
+    assert Report.load(folder / "repeated").figures["likelihood"] == a.figures["likelihood"]
     assert run(*words, "--seed", 1, "--out", folder / "c") == 0
     c = Report.load(folder / "c")
     assert "seeds" in a.protocols["distribution"].differences(c.protocols["distribution"])
@@ -153,11 +159,11 @@ def test_two_ranks_report_what_one_does(folder):
     data = EvaluationSet(folder / "shards", 23, resize="none", batch_size=3)
     whole, _ = evaluate_tokenizer(tokenizer(), data, extractor=extractor, learnability="none")
     assert whole.protocols["pixels"].samples == 23
-    for rank in range(2):
-        found = json.loads((folder / f"{rank}.json").read_text())
-        for group in ("pixels", "codes", "distribution", "perceptual"):
-            for name, value in whole.figures.get(group, {}).items():
-                assert found[group][name] == pytest.approx(value, rel=1e-6), name
+    found = json.loads((folder / "0.json").read_text())
+    for group in ("pixels", "codes", "distribution", "perceptual"):
+        for name, value in whole.figures.get(group, {}).items():
+            assert found[group][name] == pytest.approx(value, rel=1e-6), name
+    assert json.loads((folder / "1.json").read_text()) == {}
 
 
 # -- learnability -------------------------------------------------------------------------------------------------------------

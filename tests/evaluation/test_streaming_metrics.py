@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
 from tokgen.errors import InputError
 from tokgen.evaluation.frechet import frechet_from_features
 from tokgen.evaluation.metrics import (
@@ -16,6 +15,7 @@ from tokgen.evaluation.metrics import (
     FeatureStatistics,
     InceptionScore,
     Means,
+    Rows,
     pixel_errors,
     precision_recall,
 )
@@ -43,7 +43,7 @@ def test_statistics_do_not_depend_on_how_features_come():
         assert torch.allclose(found.mean, x.double().mean(0), rtol=1e-12)
         assert torch.allclose(found.covariance, x.double().T.cov(), rtol=1e-9)
     merged = counted(x[:50])
-    merged.merge(counted(x[50:]))
+    merged.merge(counted(x[50:]).state())
     assert torch.allclose(merged.covariance, x.double().T.cov(), rtol=1e-9)
 
 
@@ -103,7 +103,7 @@ def test_code_figures_of_known_codes():
     ids = torch.tensor([[[0, 1], [1, 2], [3, 7]], [[0, 3], [1, 4], [0, 0]]])
     mask = torch.tensor([[True, True, False], [True, True, False]])
     histogram.update(Tokens(ids, Sequence(3), (4, 8), mask))
-    found = histogram.reduce()
+    found = histogram.result()
     assert found["usage"] == pytest.approx([2 / 4, 4 / 8])
     assert found["perplexity"] == pytest.approx([2, 4], rel=1e-6)
     assert found["entropy"] == pytest.approx([1, 2], rel=1e-6)
@@ -112,16 +112,16 @@ def test_code_figures_of_known_codes():
 def test_inception_score_of_known_classes_and_of_torch_fidelity():
     sure = InceptionScore(4)
     sure.update(torch.eye(4).repeat(3, 1) * 1000)  # each picture certain, classes even: 4
-    assert sure.reduce() == pytest.approx(4, rel=1e-9)
+    assert sure.result() == pytest.approx(4, rel=1e-9)
     blank = InceptionScore(4)
     blank.update(torch.zeros(5, 4))
-    assert blank.reduce() == pytest.approx(1, rel=1e-9)
+    assert blank.result() == pytest.approx(1, rel=1e-9)
     isc = pytest.importorskip("torch_fidelity.metric_isc")
     logits, streamed = 3 * features(97, 5, 2), InceptionScore(5)
     logits = logits - logits.mean(0)
     for part in logits.split(10):
         streamed.update(part)
-    assert streamed.reduce() == pytest.approx(isc.isc_features_to_metric(logits, splits=1)["inception_score_mean"])
+    assert streamed.result() == pytest.approx(isc.isc_features_to_metric(logits, splits=1)["inception_score_mean"])
 
 
 def test_precision_and_recall_of_known_sets_and_of_torch_fidelity():
@@ -138,35 +138,35 @@ def test_precision_and_recall_of_known_sets_and_of_torch_fidelity():
         precision_recall(grid[:3], grid)
 
 
-def _measure(rank: int, folder: str) -> None:
+def test_states_of_parts_add_up_to_the_whole():
     x, logits = features(201), features(201, 5, 3)
     tokens = Tokens(torch.arange(201)[:, None] % 7, Sequence(1), (9,))
-    statistics, score, histogram, means = FeatureStatistics(6), InceptionScore(5), CodeHistogram((9,)), Means()
-    mine = slice(rank * 140, None if rank else 140)  # unequal parts
-    statistics.update(x[mine])
-    score.update(logits[mine])
-    histogram.update(tokens[mine])
-    means.add({"psnr": x[mine, 0]} if rank == 0 else {"psnr": x[mine, 0], "other": x[mine, 1]})
-    total = statistics.reduce()
-    found = {"n": total.n, "mean": total.mean, "covariance": total.covariance, "score": score.reduce()}
-    torch.save(
-        found | {"codes": histogram.reduce(), "means": means.reduce(("psnr", "ssim", "other"))}, f"{folder}/{rank}.pt"
-    )
+    keys = [f"k{i}" for i in range(201)]
 
+    def measured(part: slice) -> tuple:
+        statistics, score, histogram, means, rows = (
+            FeatureStatistics(6), InceptionScore(5), CodeHistogram((9,)), Means(), Rows()
+        )  # fmt: skip
+        statistics.update(x[part])
+        score.update(logits[part])
+        histogram.update(tokens[part])
+        means.add({"psnr": x[part, 0]} if part.start else {"psnr": x[part, 0], "other": x[part, 1]})
+        rows.add(keys[part], x=x[part])
+        return statistics, score, histogram, means, rows
 
-@pytest.mark.slow
-def test_two_ranks_measure_what_one_does(tmp_path):
-    run_on_ranks(_measure, tmp_path)
-    x, logits = features(201), features(201, 5, 3)
-    whole, score = counted(x), InceptionScore(5)
-    score.update(logits)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["n"] == 201
-        assert torch.allclose(found["mean"], whole.mean, rtol=1e-12)
-        assert torch.allclose(found["covariance"], whole.covariance, rtol=1e-9)
-        assert found["score"] == pytest.approx(score.reduce(), rel=1e-9)
-        assert found["codes"]["usage"] == pytest.approx([7 / 9])
-        assert found["means"] == pytest.approx(
-            {"psnr": float(x[:, 0].double().mean()), "other": float(x[140:, 1].double().mean())}
-        )
+    whole = measured(slice(0, 201))
+    merged = measured(slice(140, 201))  # unequal parts, the later one first
+    for measure, other in zip(merged, measured(slice(0, 140))):
+        measure.merge(other.state())
+    assert merged[0].n == 201
+    assert torch.allclose(merged[0].mean, whole[0].mean, rtol=1e-12)
+    assert torch.allclose(merged[0].covariance, whole[0].covariance, rtol=1e-9)
+    assert merged[1].result() == pytest.approx(whole[1].result(), rel=1e-9)
+    assert merged[2].result() == whole[2].result()
+    first, every = float(x[:140, 1].double().mean()), float(x[:, 0].double().mean())
+    assert merged[3].result(("psnr", "ssim", "other")) == pytest.approx({"psnr": every, "other": first})
+    assert torch.equal(merged[4].result()["x"], whole[4].result()["x"]), "the order follows from the keys alone"
+    assert not torch.equal(whole[4].result()["x"], x)
+    empty = Rows()
+    empty.merge(Rows().state())
+    assert empty.result() == {}

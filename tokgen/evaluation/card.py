@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,25 +15,33 @@ from torch import Tensor
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
 from tokgen.evaluation.extractors import Extractor
-from tokgen.evaluation.learnability import CodeCollector, bits_of_codes, budget_of, details_of
+from tokgen.evaluation.learnability import bits_of_codes, budget_of, details_of, rows_of
+from tokgen.evaluation.likelihood import Likelihood
 from tokgen.evaluation.metrics import (
     SSIM_SIDE,
     CodeHistogram,
     FeatureStatistics,
     InceptionScore,
     Means,
+    Rows,
+    below,
     pixel_errors,
     precision_recall,
+    within,
 )
+from tokgen.evaluation.probe import Probe
+from tokgen.evaluation.probe import details_of as details_of_probe
+from tokgen.evaluation.progress import Facts, Pictures, Progress, Sums
 from tokgen.evaluation.report import Report
 from tokgen.evaluation.retrieval import matching_rates
 from tokgen.evaluation.samples import EvaluationSet
 from tokgen.generators.pipeline import TextToImagePipeline
 from tokgen.images import image_grid, to_uint8
 from tokgen.pretrained import fingerprint
-from tokgen.quantizers.base import gather_over_ranks, sum_over_ranks
 from tokgen.tokenizers.base import VisualTokenizer
+from tokgen.tokens import Layout
 
+VERSION = 1  # of what partial files hold; it grows when a change of code changes their sums
 NEIGHBOURS = 10_000  # about so many pictures are kept for precision, recall and retrieval
 SHOWN = 24  # pictures on the page
 
@@ -48,21 +57,26 @@ def evaluate_tokenizer(
     learnability: str = "standard",
     options: dict[str, Any] | None = None,
     model: str = "",
+    partial: str | os.PathLike[str] | None = None,
+    save_every: float = 5.0,
 ) -> tuple[Report, Tensor | None]:
     """Encode and decode every sample.
 
-    Over the ranks of the default process group, where there is one; figures are the same as those of one rank up to rounding.
-    The report is whole on rank 0; only there is learnability measured.
+    Where there is a default process group, its ranks share the samples; figures are those of one process up to rounding, and
+    only rank 0 has them. Only there is learnability measured. Where `data` has a label, a probe for it is.
 
     Args:
-        data: pictures or clips of sizes that the tokenizer takes.
+        data: pictures, clips or motion maps of sizes that the tokenizer takes.
         extractor: what the Frechet distance between pictures and reconstructions is taken in; None takes none. Clips have none.
         learnability: a name in `BUDGETS`, or "none".
         options: given to `encode`, and part of the report.
         model: what the report calls the tokenizer.
+        partial: folder for what has been measured so far (see `Progress`), which the caller clears; None keeps nothing.
+        save_every: minutes of measuring between two writes there.
 
     Returns:
-        the report, and a grid of pictures, uint8 (3, h, w), each row of the data above what is decoded of it.
+        the report, and a grid of pictures, uint8 (3, h, w), each row of the data above what is decoded of it; on other ranks
+        than 0 an empty report and None.
 
     Raises:
         InputError: data of another kind than the tokenizer takes.
@@ -70,93 +84,152 @@ def evaluate_tokenizer(
     if learnability != "none":
         budget_of(learnability)
     tokenizer, options = tokenizer.eval(), dict(options or {})
-    means, histogram, collected = Means(), CodeHistogram(tokenizer.codebook_sizes), CodeCollector()
-    distance, no_distance = _perceptual(tokenizer.device)
-    sets: list[_FeatureSet] = [_FeatureSet(), _FeatureSet()]
-    decodes, notes, show, columns, layout, side, shapes = True, [], [], 8, None, False, set()
-    watch = _Watch(tokenizer.device)
-    for batch in data.batches():
-        if not batch["key"]:
-            continue
-        pixels = batch["pixels"]
+    moves = tokenizer.modality == "motion"
+    distance, no_distance = (None, "") if moves else _perceptual(tokenizer.device)
+    sums = Sums(
+        means=Means(), codes=CodeHistogram(tokenizer.codebook_sizes), ids=Rows(), probe=Probe(), made=_FeatureSet(),
+        truth=_FeatureSet(), watch=_Watch(tokenizer.device), facts=Facts(), shown=Pictures(),
+    )  # fmt: skip
+    identity = {
+        "version": VERSION, "task": "tokenizer", "model": tokenizer.fingerprint, "options": options, "data": _identity(data),
+        "extractor": extractor and extractor.weights, "distance": distance and distance.weights,
+        "learnability": learnability != "none",
+    }  # fmt: skip
+    progress = Progress(data, sums, identity, Path(partial) if partial else None, save_every)
+    means, watch, facts, columns = sums.means, sums.watch, sums.facts, min(8, data.frames or 8)
+    for batch in progress.batches():
+        pixels = batch[tokenizer.modality]
         extras = {name: batch[name] for name in tokenizer.extras if name in batch}
         tokens = watch("encode_ms", tokenizer.encode, pixels, **extras, **options)
-        clips, frames = pixels.ndim == 5, pixels.flatten(0, -4)
-        layout, side = tokens.layout, side or bool(tokens.side)
-        shapes.add(tuple(pixels.shape[-2:]))
+        facts.add("layout", tokens.layout.to_dict())
+        facts.add("size", list(pixels.shape[-2:]))
+        if tokens.side:
+            facts.add("side", sorted(tokens.side))
         values = {"tokens": tokens.lengths.double().cpu(), "bits": tokens.bits.cpu()}
-        values["bits_per_pixel"] = values["bits"] / pixels[0, ..., 0, :, :].numel()
+        if not moves:
+            values["bits_per_pixel"] = values["bits"] / pixels[0, ..., 0, :, :].numel()
         means.add(values)
-        histogram.update(tokens.cpu())
+        sums.codes.update(tokens.cpu())
         if learnability != "none":
-            collected.update(batch["key"], tokens)
-        if decodes:
-            try:
-                made = to_uint8(watch("decode_ms", tokenizer.decode, tokens)).cpu()
-            except ConfigError as error:  # a semantic tokenizer that was trained without a pixel decoder
-                decodes, notes = False, [f"Pixels are not measured: {error}."]
-                continue
-            made = made.flatten(0, -4)
-            means.add(pixel_errors(made, frames))
-            if distance is not None:
-                means.add({distance.figure: distance(made, frames)})
-            if extractor is not None and not clips:
-                for part, pictures in zip(sets, (made, frames)):
-                    part.update(extractor(pictures))
-            if len(show) * columns < SHOWN:  # a row of pictures, or of the frames of a clip
-                columns = min(8, pixels.shape[1]) if clips else 8
-                rows = [slice(0, columns)] if clips else [slice(i, i + 8) for i in range(0, min(len(frames), SHOWN), 8)]
-                show += [(frames[row], made[row]) for row in rows]
-    n = int(sum_over_ranks(torch.tensor(means.counts.get("tokens", 0))))
+            sums.ids.add(batch["key"], ids=rows_of(tokens))
+        if data.label is not None:
+            sums.probe.update(batch, tokens, tokenizer)
+        if facts["no pixels"]:
+            continue
+        try:
+            made = watch("decode_ms", tokenizer.decode, tokens)
+        except ConfigError as error:  # a semantic tokenizer that was trained without a pixel decoder
+            facts.add("no pixels", str(error))
+            continue
+        first = batch["number"] * data.batch_size < SHOWN
+        if moves:
+            means.add(_motion_errors(made.cpu(), pixels))
+            if first:
+                sums.shown.add(batch["number"], *(to_uint8(tokenizer.pictures(x.cpu())) for x in (pixels, made)))
+            continue
+        made, clips = to_uint8(made).cpu(), pixels.ndim == 5
+        frames = made.flatten(0, -4), pixels.flatten(0, -4)
+        means.add(pixel_errors(*frames))
+        if distance is not None:
+            means.add({distance.figure: distance(*frames)})
+        if extractor is not None and not clips:
+            sums.made.update(batch["key"], extractor(made))
+            sums.truth.update(batch["key"], extractor(pixels))
+        if first:  # of clips a row of frames each
+            rows = [x[: -(-SHOWN // columns), :columns].flatten(0, 1) if clips else x[:SHOWN] for x in (pixels, made)]
+            sums.shown.add(batch["number"], *rows)
     report = Report("tokenizer", {"model": model, **_subject(tokenizer), "encode_options": options})
-    size = "{} x {}".format(*next(iter(shapes))) if len(shapes) == 1 else "several"
+    if not progress.collect():
+        return report, None
+    _tokenizer_groups(report, tokenizer, data, sums, extractor, distance, learnability)
+    if no_distance:
+        report.notes.append(no_distance)
+    return report, _pairs(sums.shown.result(), columns)
+
+
+def _tokenizer_groups(
+    report: Report,
+    tokenizer: VisualTokenizer,
+    data: EvaluationSet,
+    sums: Sums,
+    extractor: Extractor | None,
+    distance: _Distance | None,
+    learnability: str,
+) -> None:
+    """The report's groups of figures, and its notes, of all that was counted."""
+    means, facts, notes = sums.means, sums.facts, report.notes
+    n, sizes, timing = means.counts.get("tokens", 0), facts["size"], data.timing()
+    if not n:
+        raise InputError(f"no sample of {data.folder} could be read; there is nothing to measure")
+    size = "{} x {}".format(*sizes[0]) if len(sizes) == 1 else "several"
 
     def protocol(name: str, version: int = 1, **more: Any) -> Any:
         return data.protocol(name, version, n, size, **more)
 
-    timing = data.timing()
+    if tokenizer.modality == "motion":
+        found = means.result(("motion_error", "motion_error_of_zero"))
+        report.add(protocol("motion", details={"error": "mean square of the maps' own units"}), found)
     ssim = {
         "ssim": f"Gaussian {SSIM_SIDE} x {SSIM_SIDE}, sigma 1.5, data range 1",
         "mean over": "frames" if timing else "pictures",
     }
-    found = means.reduce(("psnr", "ssim", "l1"))
+    found = means.result(("psnr", "ssim", "l1"))
     report.add(protocol("pixels", details={**ssim, **timing}), found)
     if found and "ssim" not in found:
         notes.append(f"No SSIM: pictures of less than {SSIM_SIDE} x {SSIM_SIDE} pixels have none.")
+    notes += [f"Pixels are not measured: {why}." for why in facts["no pixels"]]
     if distance is not None:
         about = {"extractor": distance.name, "extractor_hash": distance.weights, "details": timing}
-        report.add(protocol("perceptual", **about), means.reduce((distance.figure,)))
-    if no_distance:
-        notes.append(no_distance)
-    if extractor is not None and decodes and not timing:
-        figures = _between(*sets, "rfid" if extractor.standard else "frechet", extractor.standard)
+        report.add(protocol("perceptual", **about), means.result((distance.figure,)))
+    if timing:
+        notes.append(NO_FVD)
+    elif sums.made.pool is not None:
+        figures = _between(sums.made, sums.truth, "rfid" if extractor.standard else "frechet", extractor.standard)
         report.add(protocol("distribution", **_of(extractor)), figures)
-        notes += _on_distances(extractor, n, sets[0].width)
-    elif timing:
-        notes.append("No FVD: no video network's weights are at hand, and frame-wise distances would not be one.")
-    elif decodes:
+        notes += _on_distances(extractor, n, sums.made.width)
+    elif found:
         notes.append("No Frechet distance: there is no extractor.")
     about_codes = {"codebooks": len(tokenizer.codebook_sizes), **timing}
-    figures = means.reduce(("tokens", "bits", "bits_per_pixel"))
-    report.add(protocol("codes", details=about_codes), {**figures, **histogram.reduce()})
+    figures = means.result(("tokens", "bits", "bits_per_pixel"))
+    report.add(protocol("codes", details=about_codes), {**figures, **sums.codes.result()})
+    if data.label is not None:
+        figures, classes, why = sums.probe.figures()
+        report.add(protocol("probe", details={**details_of_probe(data.label, classes), **timing}), figures)
+        notes += [f"No probe of {data.label}: {why}."] if why else []
+        if figures and "probe_of_vectors" not in figures:
+            notes.append(f"The probe reads codes alone: {tokenizer.type_name} has no one vector for each place.")
     if learnability != "none":
-        ids = collected.reduce()
-        if _rank() == 0:
-            budget = budget_of(learnability)
-            if side:
-                notes.append(
-                    "Learnability is that of the ids alone, without the integers beside them that decoding needs."
-                )
-            learned = bits_of_codes(ids, layout, tokenizer.codebook_sizes, budget, tokenizer.device)
-            more = {"seeds": f"{budget.seed}", "details": {**details_of(learnability), **timing}}
-            report.add(protocol("learnability", **more), learned)
-    report.add(protocol("speed", details=_machine(tokenizer.device, data.batch_size)), watch.reduce())
-    report.notes = notes
-    if len(shapes) > 1 or not show:
-        return report, None
-    blank = torch.full_like(show[0][0][0], 255)
-    rows = [p for pair in show for row in pair for p in [*row, *[blank] * (columns - len(row))]]
-    return report, image_grid(rows, columns)
+        budget = budget_of(learnability)
+        if facts["side"]:
+            notes.append("Learnability is that of the ids alone, without the integers beside them that decoding needs.")
+        layout = Layout.from_dict(facts["layout"][0])
+        learned = bits_of_codes(sums.ids.result()["ids"], layout, tokenizer.codebook_sizes, budget, tokenizer.device)
+        more = {"seeds": f"{budget.seed}", "details": {**details_of(learnability), **timing}}
+        report.add(protocol("learnability", **more), learned)
+    report.add(protocol("speed", details=_machine(tokenizer.device, data.batch_size)), sums.watch.result())
+
+
+def _motion_errors(made: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Mean squared error of motion maps (B, T, 2, h, w), and that of a map that says that nothing moves."""
+    made, truth = made.double(), truth.double()
+    return {
+        "motion_error": (made - truth).square().flatten(1).mean(1),
+        "motion_error_of_zero": truth.square().flatten(1).mean(1),
+    }
+
+
+def _pairs(shown: list[list[Tensor]], columns: int) -> Tensor | None:
+    """Rows of pictures, each above what is decoded of it; None without any, or where their sizes differ."""
+    rows, left = [], SHOWN
+    for truth, made in shown:
+        truth, made = truth[:left], made[:left]
+        left -= len(truth)
+        rows += [part for pair in zip(truth.split(columns), made.split(columns)) for part in pair if len(part)]
+    if not rows or len({row.shape[1:] for row in rows}) > 1:
+        return None
+    columns = max(map(len, rows))
+    blank = torch.full_like(rows[0][0], 255)
+    return image_grid([p for row in rows for p in [*row, *[blank] * (columns - len(row))]], columns)
 
 
 # -- generators -----------------------------------------------------------------------------------------------------------
@@ -171,88 +244,141 @@ def evaluate_generator(
     seed: int = 0,
     sampling: dict[str, Any] | None = None,
     model: str = "",
+    partial: str | os.PathLike[str] | None = None,
+    save_every: float = 5.0,
 ) -> tuple[Report, Tensor | None]:
-    """Draw a picture of every caption of the data, and compare them with the data's pictures.
+    """Draw a picture, or a clip, of every caption of the data, and compare them with the data's own.
 
     Args:
-        data: pictures with captions, at the size that the generator draws.
-        extractor: what distances, precision and recall are taken in; None takes none.
+        data: pictures or clips with captions, at the size that the generator draws.
+        extractor: what distances, precision and recall are taken in; None takes none. Clips have none.
         text_encoder: an encoder with `embed` and `encode_text`, which scores pictures by their captions; None scores none.
         seed: the picture of sample KEY is drawn from the first 31 bits of sha256("seed:KEY"), in whatever batch or rank.
         sampling: guidance_scale, temperature, … as the pipeline takes them; those saved with the generator without them.
         model: what the report calls the generator.
+        partial, save_every: see `evaluate_tokenizer`.
 
     Returns:
-        the report (whole on rank 0), and a grid of drawn pictures, uint8 (3, h, w).
+        the report, and a grid of drawn pictures or rows of frames, uint8 (3, h, w); on other ranks than 0 an empty report and
+        None.
 
     Raises:
-        InputError: pictures of another size than those drawn, clips, or captions that are missing.
+        InputError: pictures of another size than those drawn, or captions that are missing.
     """
-    sampling, device = dict(sampling or {}), pipeline.device
-    drawn_set, true_set = _FeatureSet(), _FeatureSet()
+    sampling, clips = dict(sampling or {}), bool(data.frames)
+    if clips and text_encoder is not None:
+        raise InputError("a text encoder scores pictures, and this generator draws clips; leave it out")
+    extractor = None if clips else extractor
     texts = None if text_encoder is None else _Texts(text_encoder)
-    count, seconds, show, captions, settings, shape = 0, 0.0, [], [], {}, None
-    for batch in data.batches():
-        prompts = batch["caption"]
-        if not prompts:
-            continue
+    likelihood = Likelihood(pipeline)
+    sums = Sums(
+        means=Means(), made=_FeatureSet(), truth=_FeatureSet(), facts=Facts(), shown=Pictures(), likelihood=likelihood,
+        drawn=CodeHistogram(pipeline.generator.codebook_sizes),
+        **({"texts": texts} if texts else {}),
+    )  # fmt: skip
+    identity = {
+        "version": VERSION, "task": "generator", "model": pipeline.generator.fingerprint, "seed": seed, "sampling": sampling,
+        "defaults": pipeline.generator.generation, "tokenizer": pipeline.tokenizer.fingerprint, "precision": pipeline.precision,
+        "data": _identity(data), "extractor": extractor and extractor.weights, "text encoder": texts and texts.weights,
+    }  # fmt: skip
+    progress = Progress(data, sums, identity, Path(partial) if partial else None, save_every)
+    facts = sums.facts
+    for batch in progress.batches():
+        prompts, keys = batch["caption"], batch["key"]
         if not all(prompts):
-            raise InputError(f"sample {batch['key'][prompts.index('')]} of {data.folder} has no caption to draw from")
+            raise InputError(f"sample {keys[prompts.index('')]} of {data.folder} has no caption to draw from")
         started = time.perf_counter()
-        result = pipeline(prompts, generator=[seed_of(seed, key) for key in batch["key"]], output_type="pt", **sampling)
+        result = pipeline(prompts, generator=[seed_of(seed, key) for key in keys], output_type="pt", **sampling)
         made = to_uint8(result.images).cpu()
-        seconds += time.perf_counter() - started
+        seconds = (time.perf_counter() - started) / len(made)
         if made.shape != batch["pixels"].shape:
             raise InputError(
-                f"the generator draws {tuple(made.shape[1:])} and the pictures of {data.folder} are "
-                f"{tuple(batch['pixels'].shape[1:])}; give size={made.shape[-1]}"
+                f"the generator draws {tuple(made.shape[1:])} and {data.folder} gives {tuple(batch['pixels'].shape[1:])}"
+                f"; give size={made.shape[-1]}" + (f" and frames={made.shape[1]}" if clips else "")
             )
-        settings = {k: v for k, v in result.settings.items() if k not in ("prompts", "seeds")}
-        count, shape = count + len(made), made.shape[-2:]
+        facts.add("settings", {k: v for k, v in result.settings.items() if k not in ("prompts", "seeds")})
+        facts.add("size", list(made.shape[-2:]))
+        sums.means.add({
+            "seconds": torch.full((len(made),), seconds, dtype=torch.float64), "drawn_tokens": result.tokens.lengths.cpu()
+        })  # fmt: skip
+        sums.drawn.update(result.tokens.cpu())
+        likelihood.update(batch)
+        keep = _few(keys, data.wanted)
         if extractor is not None:
-            keep = _few(batch["key"], data.wanted)
-            drawn_set.update(extractor(made), keep)
-            true_set.update(extractor(batch["pixels"]), keep)
+            sums.made.update(keys, extractor(made), keep)
+            sums.truth.update(keys, extractor(batch["pixels"]), keep)
         if texts is not None:
-            texts.update(made, batch["pixels"], prompts, _few(batch["key"], data.wanted))
-        if len(captions) < SHOWN:
-            show.append(made)
-            captions += prompts
-    n = int(sum_over_ranks(torch.tensor(count)))
-    report = Report("generator", {"model": model, **_subject(pipeline.generator), "sampling": settings, "seed": seed})
-    seeds = {"seeds": f'sha256("{seed}:KEY")'}
+            texts.update(keys, made, batch["pixels"], prompts, keep)
+        if batch["number"] * data.batch_size < SHOWN:
+            sums.shown.add(batch["number"], made)
+            facts.add("captions", [batch["number"], prompts])
+    report = Report("generator", {"model": model, **_subject(pipeline.generator), "sampling": sampling, "seed": seed})
+    if not progress.collect():
+        return report, None
+    _generator_groups(report, pipeline, data, sums, extractor, seed)
+    report.subject["sampling"] = facts["settings"][0]
+    shown = torch.cat([made for (made,) in sums.shown.result()])
+    if clips:  # a row of frames for each of a few
+        shown = shown[:, :8]
+        columns, shown = shown.shape[1], shown[: -(-SHOWN // shown.shape[1])]
+    else:
+        columns, shown = 8, shown[:SHOWN]
+    report.captions = [c for _, several in sorted(facts["captions"]) for c in several][: len(shown)]
+    return report, image_grid(shown.flatten(0, -4), columns)
+
+
+def _generator_groups(
+    report: Report,
+    pipeline: TextToImagePipeline,
+    data: EvaluationSet,
+    sums: Sums,
+    extractor: Extractor | None,
+    seed: int,
+) -> None:
+    """The report's groups of figures, and its notes, of all that was counted."""
+    means, timing, notes = sums.means, data.timing(), report.notes
+    n = means.counts.get("seconds", 0)
+    if not n:
+        raise InputError(f"no sample of {data.folder} could be read; there is nothing to measure")
+    size, seeds = "{} x {}".format(*sums.facts["size"][0]), {"seeds": f'sha256("{seed}:KEY")'}
 
     def protocol(name: str, version: int = 1, **more: Any) -> Any:
-        return data.protocol(name, version, n, f"{shape[0]} x {shape[1]}", **more)
+        return data.protocol(name, version, n, size, **more)
 
     if extractor is not None:
-        figures = _between(drawn_set, true_set, "gfid" if extractor.standard else "frechet", extractor.standard)
-        if drawn_set.score is not None:
-            figures["inception_score" if extractor.standard else "class_score"] = drawn_set.score.reduce()
-        drawn, true = drawn_set.features(), true_set.features()
+        figures = _between(sums.made, sums.truth, "gfid" if extractor.standard else "frechet", extractor.standard)
+        if sums.made.score is not None:
+            figures["inception_score" if extractor.standard else "class_score"] = sums.made.score.result()
+        drawn, true = sums.made.features(), sums.truth.features()
         if len(drawn) > 3:
             figures["precision"], figures["recall"] = precision_recall(drawn, true)
         details = {"neighbours": "k = 3", "among about": min(n, NEIGHBOURS)}
         report.add(protocol("distribution", **_of(extractor), **seeds, details=details), figures)
-        report.notes += _on_distances(extractor, n, drawn_set.width)
-    if texts is not None:
+        notes += _on_distances(extractor, n, sums.made.width)
+    elif timing:
+        notes.append(NO_FVD)
+    if "texts" in sums.measures:
+        texts = sums.texts
         about = {
             "extractor": texts.name,
             "extractor_hash": texts.weights,
             "details": {"nearest among about": min(n, NEIGHBOURS)},
         }
-        report.add(protocol("text", **about, **seeds), texts.reduce())
-        report.notes.append(
+        report.add(protocol("text", **about, **seeds), texts.result())
+        notes.append(
             f"The text score is 100 max(cos, 0) by {texts.name}: only with OpenAI's CLIP would it be the usual CLIP score."
         )
-    took = float(sum_over_ranks(torch.tensor(seconds, dtype=torch.float64))) / max(n, 1)
-    report.add(protocol("speed", details=_machine(device, data.batch_size)), {"seconds": took})
-    report.notes.append(
-        f"The reference set are the {n} pictures whose captions were drawn. Figures over another number do not compare: "
-        "Frechet distances fall as it grows."
+    codes = {"codebooks": len(pipeline.generator.codebook_sizes), **timing}
+    report.add(protocol("likelihood", details=codes), sums.likelihood.result())
+    notes += sums.likelihood.notes()
+    drawn = {"drawn_tokens": means.result(("drawn_tokens",))["drawn_tokens"], **sums.likelihood.lengths()}
+    entropies = {"drawn_entropy": sums.drawn.result()["entropy"], **sums.likelihood.entropies()}
+    report.add(protocol("drawn", **seeds, details=codes), {**drawn, **entropies})
+    report.add(protocol("speed", details=_machine(pipeline.device, data.batch_size)), means.result(("seconds",)))
+    notes.append(
+        f"The reference set are the {n} {'clips' if timing else 'pictures'} whose captions were drawn."
+        + ("" if timing else " Figures over another number do not compare: Frechet distances fall as it grows.")
     )
-    report.captions = captions[:SHOWN]
-    return report, image_grid(torch.cat(show)[:SHOWN], columns=8) if show else None
 
 
 def seed_of(seed: int, key: str) -> int:
@@ -265,26 +391,31 @@ class _Texts:
 
     def __init__(self, encoder: Any) -> None:
         self.encoder, self.name, self.weights = encoder, encoder.name, fingerprint(encoder, "weights")
-        self.means, self.kept = Means(), [[], [], []]  # drawn pictures, captions, and a number for each text
+        self.sums = Sums(means=Means(), kept=Rows())
+
+    def state(self) -> dict[str, Tensor]:
+        return self.sums.state()
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        self.sums.merge(state)
 
     @torch.no_grad()
-    def update(self, made: Tensor, truth: Tensor, captions: Sequence[str], keep: Tensor) -> None:
+    def update(self, keys: Sequence[str], made: Tensor, truth: Tensor, captions: Sequence[str], keep: Tensor) -> None:
         device = next(self.encoder.parameters()).device
         pictures = [self.encoder.embed(x.to(device)) for x in (made, truth)]
         drawn, true, texts = (
             F.normalize(x.double().cpu(), dim=1) for x in (*pictures, self.encoder.encode_text(captions))
         )
         scores = [100 * (x * texts).sum(1).clamp(min=0) for x in (drawn, true)]
-        self.means.add({"text_score": scores[0], "text_score_of_references": scores[1]})
+        self.sums.means.add({"text_score": scores[0], "text_score_of_references": scores[1]})
         # captions that are equal word for word are one
         numbers = torch.tensor([_number(c) for c in captions], dtype=torch.int64)
-        for kept, x in zip(self.kept, (drawn, texts, numbers)):
-            kept.append(x[keep])
+        self.sums.kept.add(_those(keys, keep), drawn=drawn[keep], texts=texts[keep], numbers=numbers[keep])
 
-    def reduce(self) -> dict[str, float]:
-        scores = self.means.reduce(("text_score", "text_score_of_references"))
-        drawn, texts, numbers = (gather_over_ranks(torch.cat(kept)) for kept in self.kept)
-        rates = matching_rates(drawn, texts, numbers)
+    def result(self) -> dict[str, float]:
+        scores = self.sums.means.result(("text_score", "text_score_of_references"))
+        kept = self.sums.kept.result()
+        rates = matching_rates(kept["drawn"], kept["texts"], kept["numbers"])
         return scores | {name: float(rate) for name, rate in rates.items() if name != "pairs"}
 
 
@@ -299,7 +430,21 @@ def _few(keys: Sequence[str], total: int) -> Tensor:
     return torch.tensor([_number(key) < share * 2**63 for key in keys], dtype=torch.bool)
 
 
+def _those(keys: Sequence[str], keep: Tensor) -> list[str]:
+    return [key for key, kept in zip(keys, keep.tolist()) if kept]
+
+
 # -- shared -----------------------------------------------------------------------------------------------------------------
+
+
+NO_FVD = "No FVD: no video network's weights are at hand, and frame-wise distances would not be one."
+
+
+def _identity(data: EvaluationSet) -> dict[str, Any]:
+    """All of a set that sums over it depend on."""
+    return {
+        **data.protocol("", VERSION, data.wanted, str(data.image_size), details=data.timing()).to_dict(), "label": data.label,
+    }  # fmt: skip
 
 
 class _FeatureSet:
@@ -309,34 +454,52 @@ class _FeatureSet:
         self.pool: FeatureStatistics | None = None
         self.spatial: FeatureStatistics | None = None
         self.score: InceptionScore | None = None
-        self.kept: list[Tensor] = []
+        self.kept = Rows()
 
-    def update(self, features: dict[str, Tensor], keep: Tensor | None = None) -> None:
+    def update(self, keys: Sequence[str], features: dict[str, Tensor], keep: Tensor | None = None) -> None:
         """Count a batch; `keep`, bool (B,), are those whose pooled features precision and recall are taken over."""
-        self.pool = self.pool or FeatureStatistics(features["pool"].shape[1])
+        self._open({name: x.shape[1] for name, x in features.items() if name != "logits" or keep is not None})
         self.pool.update(features["pool"])
-        if "spatial" in features:
-            self.spatial = self.spatial or FeatureStatistics(features["spatial"].shape[1])
+        if self.spatial is not None:
             self.spatial.update(features["spatial"])
-        if "logits" in features and keep is not None:
-            self.score = self.score or InceptionScore(features["logits"].shape[1])
+        if self.score is not None:
             self.score.update(features["logits"])
         if keep is not None:
-            self.kept.append(features["pool"].float().cpu()[keep])
+            self.kept.add(_those(keys, keep), pool=features["pool"].float().cpu()[keep])
+
+    def _open(self, widths: Mapping[str, int]) -> None:
+        self.pool = self.pool or FeatureStatistics(widths["pool"])
+        if "spatial" in widths:
+            self.spatial = self.spatial or FeatureStatistics(widths["spatial"])
+        if "logits" in widths:
+            self.score = self.score or InceptionScore(widths["logits"])
+
+    def state(self) -> dict[str, Tensor]:
+        parts = {"pool": self.pool, "spatial": self.spatial, "score": self.score, "kept": self.kept}
+        return {k: x for name, part in parts.items() if part is not None for k, x in below(name, part.state()).items()}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        widths = {name: len(state[f"{name}.mean"]) for name in ("pool", "spatial") if f"{name}.mean" in state}
+        if "score.sums" in state:
+            widths["logits"] = len(state["score.sums"]) - 2
+        self._open(widths)
+        for name in ("pool", "spatial", "score", "kept"):
+            if own := within(state, name):
+                getattr(self, name).merge(own)
 
     @property
     def width(self) -> int:
         return 0 if self.pool is None else len(self.pool.mean)
 
     def features(self) -> Tensor:
-        """Those kept on all ranks, (N, D)."""
-        return gather_over_ranks(torch.cat(self.kept))
+        """Those kept, (N, D)."""
+        return self.kept.result().get("pool", torch.zeros(0, self.width))
 
 
 def _between(made: _FeatureSet, truth: _FeatureSet, name: str, standard: bool) -> dict[str, float]:
-    figures = {name: made.pool.reduce().frechet(truth.pool.reduce())}
+    figures = {name: made.pool.frechet(truth.pool)}
     if made.spatial is not None:
-        figures["sfid" if standard else "spatial_frechet"] = made.spatial.reduce().frechet(truth.spatial.reduce())
+        figures["sfid" if standard else "spatial_frechet"] = made.spatial.frechet(truth.spatial)
     return figures
 
 
@@ -392,23 +555,33 @@ class _Watch:
     """Mean milliseconds for a sample; the first batch of each kind counts only where there is no other."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.times = device, {}
+        self.device = device
+        self.times: dict[str, Tensor] = {}  # seconds and samples of the first batch, and of the others
 
     def __call__(self, name: str, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         made = work(*arguments, **named)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
-        self.times.setdefault(name, []).append((time.perf_counter() - started, len(made)))
+        spent = torch.tensor([time.perf_counter() - started, len(made)], dtype=torch.float64)
+        if name in self.times:
+            self.times[name][1] += spent
+        else:
+            self.times[name] = torch.stack([spent, torch.zeros_like(spent)])
         return made
 
-    def reduce(self) -> dict[str, float]:
+    def state(self) -> dict[str, Tensor]:
+        return self.times
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        for name, times in state.items():
+            self.times[name] = self.times.get(name, 0) + times
+
+    def result(self) -> dict[str, float]:
         found = {}
         for name in ("encode_ms", "decode_ms"):
-            times = self.times.get(name, [])
-            total = torch.tensor(times[1:] or times or [(0.0, 0)], dtype=torch.float64).sum(0)
-            seconds, samples = sum_over_ranks(total).tolist()
-            if samples:
+            if name in self.times:
+                seconds, samples = next(row for row in self.times[name].flip(0).tolist() if row[1])
                 found[name] = 1000 * seconds / samples
         return found
 
@@ -424,7 +597,3 @@ def _machine(device: torch.device, batch_size: int) -> dict[str, Any]:
 def _subject(module: Any) -> dict[str, Any]:
     parameters = sum(p.numel() for p in module.parameters())
     return {"type": module.type_name, "fingerprint": module.fingerprint, "parameters": parameters}
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

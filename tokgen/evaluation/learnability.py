@@ -7,7 +7,6 @@ and measured on the rest. The figure depends on the budget, which has a name and
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tokgen.errors import ConfigError, InputError
-from tokgen.quantizers.base import gather_over_ranks
 from tokgen.tokens import Layout, Tokens
 
 LOGITS = 2**27  # numbers of logits at a time; a larger batch is cut, and its gradients added up
@@ -59,28 +57,12 @@ def budget_of(name: str) -> Budget:
     return BUDGETS[name]
 
 
-class CodeCollector:
-    """The ids of all items, kept as int32, in an order that follows from their keys alone."""
-
-    def __init__(self) -> None:
-        self.keys: list[int] = []
-        self.ids: list[Tensor] = []
-
-    def update(self, keys: Sequence[str], tokens: Tokens) -> None:
-        ids = tokens.ids if tokens.ids.ndim == 3 else tokens.ids[..., None]  # (B, N, C)
-        full = ids.new_full((len(ids), tokens.layout.length, ids.shape[2]), -1)
-        full[:, : ids.shape[1]] = ids.masked_fill(~tokens.mask[..., None], -1)
-        self.ids.append(full.to("cpu", torch.int32))
-        self.keys += [int.from_bytes(hashlib.sha256(k.encode()).digest()[:8], "big", signed=True) for k in keys]
-
-    def reduce(self) -> Tensor:
-        """int32 (items, N, C) of all ranks, -1 where there is no code, sorted by a hash of the keys: a shuffle that is the
-        same everywhere."""
-        keys, ids = (
-            gather_over_ranks(torch.tensor(self.keys, dtype=torch.int64)),
-            gather_over_ranks(torch.cat(self.ids)),
-        )
-        return ids[keys.argsort(stable=True)]
+def rows_of(tokens: Tokens) -> Tensor:
+    """The ids of a batch as int32 (B, N, C), N the layout's length, -1 where there is no code."""
+    ids = tokens.ids if tokens.ids.ndim == 3 else tokens.ids[..., None]  # (B, N, C)
+    full = ids.new_full((len(ids), tokens.layout.length, ids.shape[2]), -1)
+    full[:, : ids.shape[1]] = ids.masked_fill(~tokens.mask[..., None], -1)
+    return full.to("cpu", torch.int32)
 
 
 def bits_of_codes(

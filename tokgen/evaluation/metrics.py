@@ -1,18 +1,20 @@
-"""Measures that stream: a batch at a time, merged over ranks in double precision, so that N ranks give what one gives.
+"""Measures that stream: a batch at a time, in double precision.
 
-Nothing here keeps pictures or features, but for `precision_recall`, which needs all features of a bounded number.
+What a measure has counted is its `state`, tensors by name; `merge` adds the state of another process, or of an earlier run of this
+one, so that the parts of a set give what the whole gives. Nothing is kept of a sample but what `Rows` is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tokgen.errors import InputError
 from tokgen.evaluation.frechet import frechet_from_statistics
-from tokgen.quantizers.base import sum_over_ranks, usage_stats
+from tokgen.quantizers.base import usage_stats
 from tokgen.tokens import Tokens
 
 SSIM_SIDE = 11  # of the Gaussian window: smaller pictures have no SSIM
@@ -65,10 +67,57 @@ class Means:
             self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
             self.counts[name] = self.counts.get(name, 0) + len(value)
 
-    def reduce(self, names: Sequence[str]) -> dict[str, float]:
-        """Means over all ranks of those of the names that any of them has."""
-        total = torch.tensor([[self.sums.get(n, 0.0), self.counts.get(n, 0)] for n in names], dtype=torch.float64)
-        return {name: float(s / n) for name, (s, n) in zip(names, sum_over_ranks(total)) if n}
+    def state(self) -> dict[str, Tensor]:
+        return {n: torch.tensor([s, self.counts[n]], dtype=torch.float64) for n, s in self.sums.items()}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        for name, (total, count) in ((name, pair.tolist()) for name, pair in state.items()):
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + int(count)
+
+    def result(self, names: Sequence[str]) -> dict[str, float]:
+        """Means of those of the names that any sample had a value of."""
+        return {name: self.sums[name] / self.counts[name] for name in names if self.counts.get(name)}
+
+
+class Rows:
+    """Values of single samples, in an order that follows from their keys alone: a shuffle that is the same everywhere."""
+
+    def __init__(self) -> None:
+        self.parts: list[dict[str, Tensor]] = []
+
+    def add(self, keys: Sequence[str], **values: Tensor) -> None:
+        """A row of each value, (B, ...), for each key."""
+        if keys:
+            self.parts.append({"key": torch.tensor([key_hash(k) for k in keys], dtype=torch.int64), **values})
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in self.parts]) for name in (self.parts[0] if self.parts else ())}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self.parts.append(dict(state))
+
+    def result(self) -> dict[str, Tensor]:
+        """Each value of all samples, (N, ...); nothing where there were none."""
+        state = self.state()
+        order = state.pop("key").argsort(stable=True) if state else None
+        return {name: value[order] for name, value in state.items()}
+
+
+def key_hash(key: str) -> int:
+    """The first 64 bits of a key's sha256, as a signed number."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+
+
+def within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a state that were put below `prefix.`, by their own names."""
+    return {name.removeprefix(f"{prefix}."): x for name, x in state.items() if name.startswith(f"{prefix}.")}
+
+
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `within`."""
+    return {f"{prefix}.{name}": x for name, x in state.items()}
 
 
 # -- codes --------------------------------------------------------------------------------------------------------------
@@ -89,9 +138,16 @@ class CodeHistogram:
         for c, counts in enumerate(self.counts):
             counts += torch.bincount(ids[..., c][tokens.mask].cpu(), minlength=len(counts))
 
-    def reduce(self) -> dict[str, list[float]]:
-        """ "usage" (share of codes that occur), "perplexity" and "entropy" (bits), of each codebook, over all ranks."""
-        stats = [usage_stats(sum_over_ranks(counts)) for counts in self.counts]
+    def state(self) -> dict[str, Tensor]:
+        return {str(c): counts for c, counts in enumerate(self.counts)}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        for c, counts in enumerate(self.counts):
+            counts += state[str(c)]
+
+    def result(self) -> dict[str, list[float]]:
+        """ "usage" (share of codes that occur), "perplexity" and "entropy" (bits), of each codebook."""
+        stats = [usage_stats(counts) for counts in self.counts]
         usage, perplexity = ([float(s[name]) for s in stats] for name in ("usage", "perplexity"))
         return {"usage": usage, "perplexity": perplexity, "entropy": [float(s["perplexity"].log2()) for s in stats]}
 
@@ -124,26 +180,20 @@ class FeatureStatistics:
         batch.n, batch.mean = len(x), x.mean(0)
         deviation = x - batch.mean
         batch.m2 = deviation.T @ deviation
-        self.merge(batch)
+        self.merge(batch.state())
 
-    def merge(self, other: FeatureStatistics) -> None:
-        """Count what `other` has counted."""
-        n = self.n + other.n
+    def state(self) -> dict[str, Tensor]:
+        return {"n": torch.tensor(self.n), "mean": self.mean, "m2": self.m2}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        more = int(state["n"])
+        n = self.n + more
         if not n:
             return
-        step = other.mean - self.mean
-        self.m2 += other.m2 + torch.outer(step, step) * (self.n * other.n / n)
-        self.mean = self.mean + step * (other.n / n)
+        step = state["mean"] - self.mean
+        self.m2 += state["m2"] + torch.outer(step, step) * (self.n * more / n)
+        self.mean = self.mean + step * (more / n)
         self.n = n
-
-    def reduce(self) -> FeatureStatistics:
-        """What all ranks have counted together; the same on each."""
-        total = FeatureStatistics(len(self.mean))
-        total.n = int(sum_over_ranks(torch.tensor(self.n)))
-        total.mean = sum_over_ranks(self.mean * self.n) / max(total.n, 1)
-        step = self.mean - total.mean
-        total.m2 = sum_over_ranks(self.m2 + torch.outer(step, step) * self.n)
-        return total
 
     @property
     def covariance(self) -> Tensor:
@@ -176,9 +226,14 @@ class InceptionScore:
         entropy = -(p * log_p).sum()
         self.sums += torch.cat([p.sum(0), entropy[None], entropy.new_tensor([len(p)])])
 
-    def reduce(self) -> float:
-        """The score over all ranks."""
-        sums = sum_over_ranks(self.sums)
+    def state(self) -> dict[str, Tensor]:
+        return {"sums": self.sums}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        self.sums += state["sums"]
+
+    def result(self) -> float:
+        sums = self.sums
         mean = sums[:-2] / sums[-1]
         whole = -(mean * mean.clamp(min=1e-300).log()).sum()
         return float((whole - sums[-2] / sums[-1]).exp())

@@ -45,7 +45,7 @@ def evaluate_reconstruction(tokenizer: VisualTokenizer, pixels: Tensor, batch_si
         means.add({"psnr": errors["psnr"], "l1": errors["l1"], "tokens": tokens.lengths, "bits": tokens.bits})
         histogram = histogram or CodeHistogram(tokens.codebook_sizes)
         histogram.update(tokens)
-    mean, codes = means.reduce(("psnr", "l1", "tokens", "bits")), histogram.reduce()
+    mean, codes = means.result(("psnr", "l1", "tokens", "bits")), histogram.result()
     usage, perplexity = (sum(codes[name]) / len(codes[name]) for name in ("usage", "perplexity"))
     return ReconstructionReport(len(pixels), mean["psnr"], mean["l1"], usage, perplexity, mean["tokens"], mean["bits"])
 

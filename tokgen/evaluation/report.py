@@ -44,6 +44,18 @@ FIGURES: dict[str, tuple[str, str, int]] = {
     "ar_bits_per_code": ("learned: bits per code", "bits", -1),
     "ar_bits": ("learned: bits", "", -1),
     "training_bits_per_code": ("the same on its training items", "bits", 0),
+    "probe_of_vectors": ("read off the mean code vector", "", 1),
+    "probe_of_codes": ("read off the histogram of codes", "", 1),
+    "probe_of_pixels": ("read off 16 x 16 pixels, without any tokenizer", "", 0),
+    "largest_class": ("share of the largest class", "", 0),
+    "motion_error": ("squared error of the maps", "", -1),
+    "motion_error_of_zero": ("squared error of no motion", "", 0),
+    "bits_per_code": ("bits per code of the references", "bits", -1),
+    "bits_of_item": ("bits of a reference", "bits", -1),
+    "drawn_tokens": ("tokens, drawn", "", 0),
+    "reference_tokens": ("tokens of the references", "", 0),
+    "drawn_entropy": ("entropy per code, drawn", "bits", 0),
+    "reference_entropy": ("entropy per code of the references", "bits", 0),
     "text_score": ("text score", "", 1),
     "text_score_of_references": ("text score of the references", "", 0),
     "image_to_text": ("own caption is nearest", "", 1),
@@ -58,8 +70,12 @@ TITLES = {
     "pixels": "Pixels",
     "perceptual": "Perceptual distance",
     "distribution": "Distribution of features",
+    "motion": "Motion",
     "codes": "Codes",
+    "probe": "What a linear model reads off the codes",
     "learnability": "How learnable the codes are",
+    "likelihood": "How well the references' codes are predicted",
+    "drawn": "Codes drawn",
     "text": "Agreement with the caption",
     "speed": "Speed",
 }
@@ -168,7 +184,9 @@ def shown(name: str, value: Any) -> str:
     if isinstance(value, list):
         each = ", ".join(shown(name, v) for v in value[:8]) + (", …" if len(value) > 8 else "")
         return each if len(value) == 1 else f"{shown(name, sum(value) / len(value))} (each: {each})"
-    if name in ("usage", "precision", "recall") or name.startswith(("image_to_text", "text_to_image")):
+    if name in ("usage", "precision", "recall", "largest_class") or name.startswith(
+        ("image_to_", "text_to_", "probe_of_")
+    ):
         return f"{value:.1%}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
