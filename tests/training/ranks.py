@@ -1,10 +1,18 @@
-"""Run by the tests in two processes (and by one, to compare): `python ranks.py KIND WORLD FOLDER OUT`."""
+"""Run by the tests in two processes (and by one, to compare): `python ranks.py KIND WORLD FOLDER OUT`. Or, without a second
+import of everything, `on_ranks`."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -171,6 +179,80 @@ class FixedBatches(tiny.ShardsDataModule):
         ]
         mine = samples[self.trainer.global_rank :: self.processes]
         return torch.utils.data.DataLoader(mine, 8 // self.processes, shuffle=False)
+
+
+class FixedSamples(tiny.ShardsDataModule):
+    """8 samples a step in the order of the shards, 24 in all, whatever the number of processes; of any kind of shards."""
+
+    def __init__(self, folder: Path, world: int, **options: Any) -> None:
+        super().__init__(train=str(folder / "train"), val=str(folder / "val"), batch_size=3, **options)
+        self.folder, self.processes, self.options = folder, world, options
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        whole = tiny.ShardsDataModule(val=str(self.folder / "train"), batch_size=24, **self.options)
+        batch = next(iter(whole.val_dataloader()))
+        samples = [{k: v[i] for k, v in batch.items() if k != "valid"} for i in range(24)]
+        mine = samples[self.trainer.global_rank :: self.processes]
+        return torch.utils.data.DataLoader(mine, 8 // self.processes, shuffle=False)
+
+
+def outcome(trainer: Any, record: tiny.Record, path: Path) -> None:
+    """Write weights and log to `path`; the weights must be the same on all ranks."""
+    module = trainer.lightning_module
+    flat = torch.cat([v.detach().double().flatten() for v in module.state_dict().values()])
+    if trainer.world_size > 1:
+        each = [torch.zeros_like(flat) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(each, flat)
+        assert all(torch.equal(each[0], other) for other in each), "ranks differ"
+    if trainer.is_global_zero:
+        rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in record.rows]
+        torch.save({"weights": module.state_dict(), "rows": rows}, path)
+
+
+def on_ranks(work: Callable[..., None], world: int, folder: Path, *args: Any) -> None:
+    """Call `work(world, folder, *args)` in `world` processes that Lightning takes for those of torchrun.
+
+    They are forked from a server that has imported everything and trained nothing: after a backward pass a process cannot
+    be forked. Raises AssertionError with what a rank raised.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mark = folder / f"ranks-{time.time_ns()}"
+    mark.mkdir(parents=True)
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["tokgen.training.lightning_cli"])
+    ranks = [fork.Process(target=_rank, args=(r, world, port, mark, work, folder, args)) for r in range(world)]
+    try:
+        for rank in ranks:
+            rank.start()
+        end = time.monotonic() + 500
+        while any(rank.is_alive() for rank in ranks) and not any(mark.glob("failed-*")):
+            assert time.monotonic() < end, "ranks hang"
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            if rank.pid is not None:
+                rank.kill()
+                rank.join()
+    failures = [path.read_text() for path in mark.glob("failed-*")]
+    assert not failures, "\n".join(failures)
+    assert len(list(mark.glob("done-*"))) == world, [rank.exitcode for rank in ranks]
+
+
+def _rank(rank: int, world: int, port: int, mark: Path, work: Callable[..., None], folder: Path, args: Any) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    torch.set_num_threads(1)
+    try:
+        work(world, folder, *args)
+        (mark / f"done-{rank}").touch()
+        while not all((mark / f"done-{other}").exists() for other in range(world)):
+            time.sleep(0.01)  # a rank that leaves first breaks the connections of the others
+    except BaseException:
+        (mark / f"failed-{rank}").write_text(f"rank {rank}: {traceback.format_exc()[-4000:]}")
+    finally:
+        os._exit(0)  # gloo's threads may outlive its group
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def masked_mean(x: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return x.mean()
     rows = keep.view(-1, *[1] * (x.ndim - 1))
-    return torch.where(rows, x, 0).sum() / (keep.sum() * x[0].numel()).clamp(min=1)
+    return torch.where(rows, x, 0).sum() / (keep.sum() * x.shape[1:].numel()).clamp(min=1)
 
 
 QUANTIZERS: Registry[Quantizer] = Registry(

@@ -95,6 +95,7 @@ class AutoencoderModule(TrainingModule):
     monitor: ClassVar[tuple[str, str]] = ("val/psnr", "max")
     ema_modules: ClassVar[tuple[str, ...]] = ("tokenizer",)
     export_name: ClassVar[str] = "tokenizer"
+    watched: ClassVar[tuple[str, ...]] = ("reconstruction", "perceptual")  # terms that tell how well it goes
 
     def __init__(
         self,
@@ -266,7 +267,8 @@ class AutoencoderModule(TrainingModule):
             self.manual_backward(surrogate / self.accumulate)
         good = True
         if completes:
-            good, norm = self.update(generator, 0, terms.values(), stateful)
+            watched = {name: terms[name] for name in self.watched if name in terms}
+            good, norm = self.update(generator, 0, terms.values(), stateful, watched)
             metrics["grad_norm"] = norm
 
         if disc_trains and good:
@@ -276,7 +278,8 @@ class AutoencoderModule(TrainingModule):
             terms |= disc_terms
             if completes:
                 changed = [m for m in (self.discriminator, self.lecam) if m is not None]
-                _, metrics["disc_grad_norm"] = self.update(disc, 1, disc_terms.values(), changed)
+                watched = discriminator_signals(disc_terms)
+                _, metrics["disc_grad_norm"] = self.update(disc, 1, disc_terms.values(), changed, watched)
         elif disc_trains and completes:
             others[0].zero_grad()  # of the step's earlier batches
 
@@ -416,6 +419,16 @@ class AutoencoderModule(TrainingModule):
     def export(self, folder: Path, write: bool) -> None:
         if write:
             self.tokenizer.save_pretrained(folder)
+
+
+def discriminator_signals(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What tells whether a discriminator explodes: its loss, and the size of its mean logits, of the two the larger.
+
+    Both are near zero in health at times, and rise again. A discriminator that knows nothing has a loss of about 1, and
+    one that is sure has logits of about 3: they are given in these units, and less counts as 1.
+    """
+    logits = torch.maximum(terms["logits_real"].abs(), terms["logits_fake"].abs())
+    return {"disc": terms["disc"].clamp(min=1.0), "logits": (logits / 3).clamp(min=1.0)}
 
 
 def frames(pixels: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ update by the main optimizer; `trainer.global_step` and the buffer `train_step` 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,13 +24,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokgen.errors import ConfigError, TokgenError
+from tokgen.files import why_unwritten
 from tokgen.quantizers.base import Quantizer, sum_over_ranks
 
+log = logging.getLogger(__name__)
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
 
 class TrainingDiverged(TokgenError):
-    """Too many steps in a row with a loss or gradient that is not finite."""
+    """Too many steps in a row with a loss or gradient that is not finite, or a loss that exploded, and no way back."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,13 @@ class TrainingModule(L.LightningModule):
         accumulate: batches per step; the gradient is that of one batch `accumulate` times as large.
         clip: gradients are scaled down to this global norm, each optimizer by itself; None leaves them.
         max_bad_steps: a step whose loss or gradient norm is not finite is skipped (weights, buffers and optimizer stay
-            as they were) and counted; this many in a row end the run with `TrainingDiverged`.
+            as they were) and counted; after this many in a row the callback `Guard` goes back to a checkpoint, and a run
+            without it ends with `TrainingDiverged`.
+
+    Attributes:
+        signals: of the step done last, by the optimizer's index: the losses that should not jump, means over the ranks.
+        lr_scales: further factor of an optimizer's learning rates, by its index; 1 where there is none.
+        bad_in_a_row: steps skipped since the last good one, by the optimizer's index.
     """
 
     monitor: ClassVar[tuple[str, str]]  # the validation metric that says which checkpoint is best, and "min" or "max"
@@ -113,11 +123,14 @@ class TrainingModule(L.LightningModule):
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_post_hook(lambda module, _: module._read_counters())
         self._read_counters()
-        self._bad_in_a_row: dict[int, int] = {}
+        self.signals: dict[int, dict[str, float]] = {}
+        self.lr_scales: dict[int, float] = {}
+        self.bad_in_a_row: dict[int, int] = {}
         self._micro = 0  # batches of the current step already seen
         self._busy = False  # within a batch
         self._groups: list[list[dict[str, Any]]] = []
         self._kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self._unwritten: set[str] = set()
         self._clock: tuple[float, int] | None = None
         self._items = 0
 
@@ -125,6 +138,17 @@ class TrainingModule(L.LightningModule):
 
     def _read_counters(self) -> None:
         self._step, self._skipped = int(self.train_step), int(self.skipped_steps)
+
+    def set_counters(self, step: int, skipped: int) -> None:
+        """Say how many steps were done and skipped, after weights of another time were loaded."""
+        self.train_step.fill_(step)
+        self.skipped_steps.fill_(skipped)
+        self._read_counters()
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped; equal to the buffer `skipped_steps`, without reading the device."""
+        return self._skipped
 
     @property
     def step(self) -> int:
@@ -167,10 +191,14 @@ class TrainingModule(L.LightningModule):
         if getattr(self.trainer, "gradient_clip_val", None):
             raise ConfigError(f"trainer.gradient_clip_val has no effect here; set {type(self).__name__}'s clip")
 
-    def on_train_start(self) -> None:
+    def restore_settings(self) -> None:
+        """Put the optimizers' settings back to what was configured, after their states were loaded."""
         for optimizer, groups in zip(self.trainer.optimizers, self._groups):
             for group, configured in zip(optimizer.param_groups, groups):
                 group.update(configured)
+
+    def on_train_start(self) -> None:
+        self.restore_settings()
         self._read_counters()
         self._micro, self._busy, self._clock, self._items = 0, False, None, 0
 
@@ -187,6 +215,7 @@ class TrainingModule(L.LightningModule):
         count_only(others)
         self._busy = True
         if self._micro == 0:
+            self.signals.clear()
             for module in modules:
                 state, kept = mutable(module), self._kept.get(module)
                 if kept is not None and [id(t) for t in state] == [id(t) for t, _ in kept]:
@@ -198,7 +227,12 @@ class TrainingModule(L.LightningModule):
         return self._micro == 0
 
     def update(
-        self, optimizer: LightningOptimizer, index: int, losses: Iterable[Tensor], modules: Iterable[nn.Module]
+        self,
+        optimizer: LightningOptimizer,
+        index: int,
+        losses: Iterable[Tensor],
+        modules: Iterable[nn.Module],
+        watched: dict[str, Tensor] | None = None,
     ) -> tuple[bool, Tensor]:
         """Clip, look at the gradients, step, and zero them. Returns (whether it stepped, gradient norm before clipping).
 
@@ -206,26 +240,27 @@ class TrainingModule(L.LightningModule):
             optimizer: the one to step; its settings were the `index`-th given to `adopt`.
             losses: detached scalars that must be finite too.
             modules: those given to `begin` whose buffers are put back if the step is bad.
-
-        Raises:
-            TrainingDiverged: the `max_bad_steps`-th bad step of this optimizer in a row.
+            watched: scalars at least 0 that tell how well it goes, for `signals`; None takes the sum of the losses.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip is not None else math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
-        bad = ~torch.stack([x.detach().float() for x in (norm, *losses)]).isfinite().all()
+        losses = [x.detach().float() for x in losses]
+        watched = {"loss": sum(losses)} if watched is None else watched
+        seen = torch.stack([*(x.detach().float() for x in watched.values()), norm.detach().float(), *losses])
         if self.trainer.world_size > 1:  # one rank's NaN is everyone's: all take the same branch
-            flag = bad.to(torch.int32)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            bad = flag.bool()
-        good = not bool(bad)  # the only point of a step where the device is waited for
+            torch.distributed.all_reduce(seen)
+        seen = seen.tolist()  # the only point of a step where the device is waited for
+        good = all(map(math.isfinite, seen))
+        self.signals[index] = {name: value / self.trainer.world_size for name, value in zip(watched, seen)}
         if good:
+            scale = self.lr_scales.get(index, 1.0)
             for group, configured in zip(optimizer.param_groups, self._groups[index]):
-                group["lr"] = configured["lr"] * self.lr_factor(configured)
+                group["lr"] = configured["lr"] * self.lr_factor(configured) * scale
             optimizer.step()
         optimizer.zero_grad()
         if good:
-            self._bad_in_a_row[index] = 0
+            self.bad_in_a_row[index] = 0
             return True, norm.detach()
 
         with torch.no_grad():
@@ -234,13 +269,7 @@ class TrainingModule(L.LightningModule):
                     tensor.copy_(copy)
         self._skipped += 1
         self.skipped_steps += 1
-        self._bad_in_a_row[index] = self._bad_in_a_row.get(index, 0) + 1
-        if self._bad_in_a_row[index] >= self.max_bad_steps:
-            self._busy = False  # everything is as before the step: worth a checkpoint
-            raise TrainingDiverged(
-                f"{self._bad_in_a_row[index]} steps in a row had a loss or gradient that is not finite, the last at step "
-                f"{self._step}; the weights are as they were before. Lower the learning rate or clip, or look at the data"
-            )
+        self.bad_in_a_row[index] = self.bad_in_a_row.get(index, 0) + 1
         return False, norm.detach()
 
     def finish(self, stepped: bool) -> None:
@@ -249,6 +278,15 @@ class TrainingModule(L.LightningModule):
         if stepped:
             self._step += 1
             self.train_step += 1
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Ends a run of bad steps that no callback has taken care of, with TrainingDiverged."""
+        bad = max(self.bad_in_a_row.values(), default=0)
+        if bad >= self.max_bad_steps:
+            raise TrainingDiverged(
+                f"{bad} steps in a row had a loss or gradient that is not finite, the last at step {self._step}; the "
+                "weights are as they were before. Lower the learning rate or clip, or look at the data"
+            )
 
     # -- log ----------------------------------------------------------------------------------------------------------
 
@@ -268,11 +306,25 @@ class TrainingModule(L.LightningModule):
                 self.log(name, values[name], prog_bar=True, logger=False)
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
-                logger.log_metrics(values, step=self._step)
+                with self.unless_disk_full(type(logger).__name__):
+                    logger.log_metrics(values, step=self._step)
         for callback in self.trainer.callbacks:
             receive = getattr(callback, "on_record", None)
             if receive is not None:
                 receive(self.trainer, self, values)
+
+    @contextlib.contextmanager
+    def unless_disk_full(self, what: str) -> Iterator[None]:
+        """Within the block, a failure to write `what` is said once and not raised: what tells of a training does not end it."""
+        try:
+            yield
+        except Exception as error:  # libraries wrap the system's
+            reason = why_unwritten(error)
+            if reason is None:
+                raise
+            if what not in self._unwritten:
+                log.error("%s: not written (%s). Training goes on, and this is said once", what, reason)
+            self._unwritten.add(what)
 
     def record_training(self, metrics: dict[str, Any], bar: Iterable[str] = ()) -> None:
         """`record` for a training step, as `train/...`: means over the ranks."""
@@ -303,7 +355,12 @@ class TrainingModule(L.LightningModule):
         return self.schedule.factor(self._step)
 
     def learning_rate(self, index: int = 0) -> float:
-        return self._groups[index][0]["lr"] * self.lr_factor(self._groups[index][0])
+        first = self._groups[index][0]
+        return first["lr"] * self.lr_factor(first) * self.lr_scales.get(index, 1.0)
+
+    def stage_at(self, step: int) -> int:
+        """The stage that update number `step` belongs to: where a stage begins, losses change their meaning."""
+        return 0
 
     # -- export -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ class StepSeed(Callback):
         self.batches += 1
 
 
-def show(trainer: Any, name: str, grid: Tensor, step: int) -> None:
+def show(trainer: Any, name: str, grid: Tensor, pl_module: TrainingModule) -> None:
     """Send a picture uint8 (3, H, W) to the loggers that take one."""
     for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):  # Weights & Biases
-            logger.log_image(key=name, images=[grid.permute(1, 2, 0).numpy()], step=step)
-        elif hasattr(getattr(logger, "experiment", None), "add_image"):  # TensorBoard
-            logger.experiment.add_image(name, grid, global_step=step)
+        with pl_module.unless_disk_full(type(logger).__name__):
+            if hasattr(logger, "log_image"):  # Weights & Biases
+                logger.log_image(key=name, images=[grid.permute(1, 2, 0).numpy()], step=pl_module.step)
+            elif hasattr(getattr(logger, "experiment", None), "add_image"):  # TensorBoard
+                logger.experiment.add_image(name, grid, global_step=pl_module.step)
 
 
 class ImageGrid(Callback):
@@ -97,8 +99,9 @@ class ImageGrid(Callback):
                 rows.append(torch.cat([row, row.new_ones(missing, *row.shape[1:])]))
         path = Path(trainer.default_root_dir) / "images" / f"reconstruction-{pl_module.step:07d}.png"
         grid = image_grid(torch.cat(rows), min(self.columns, len(pictures)))
-        write_png(grid, path)
-        show(trainer, "reconstruction", grid, pl_module.step)
+        with pl_module.unless_disk_full(str(path.parent)):
+            write_png(grid, path)
+        show(trainer, "reconstruction", grid, pl_module)
 
 
 class SampleGrid(Callback):
@@ -139,8 +142,9 @@ class SampleGrid(Callback):
         pictures = tokenizer.pictures(tokenizer.decode(dataclasses.replace(tokens, tokenizer="")))
         path = Path(trainer.default_root_dir) / "images" / f"samples-{pl_module.step:07d}.png"
         grid = image_grid(pictures, min(self.columns, len(pictures)))
-        write_png(grid, path, {"prompts": prompts, "seed": self.seed, "step": pl_module.step})
-        show(trainer, "samples", grid, pl_module.step)
+        with pl_module.unless_disk_full(str(path.parent)):
+            write_png(grid, path, {"prompts": prompts, "seed": self.seed, "step": pl_module.step})
+        show(trainer, "samples", grid, pl_module)
 
 
 class CodebookMonitor(Callback):
@@ -182,8 +186,9 @@ class CodebookMonitor(Callback):
         pl_module.record({"codebook/usage": usage, "codebook/perplexity": min(float(s["perplexity"]) for s in stats)})
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                if hasattr(getattr(logger, "experiment", None), "add_histogram"):
-                    logger.experiment.add_histogram("codebook/counts", totals[0].cpu(), global_step=pl_module.step)
+                with pl_module.unless_disk_full(type(logger).__name__):
+                    if hasattr(getattr(logger, "experiment", None), "add_histogram"):
+                        logger.experiment.add_histogram("codebook/counts", totals[0].cpu(), global_step=pl_module.step)
         # a codebook larger than what was drawn from it cannot all be seen
         if usage < self.warn_below * min(1.0, seen / len(totals[0])):
             log.warning(
@@ -252,7 +257,8 @@ class PlainProgress(Callback):
         total = trainer.max_steps
         left = "" if total < 1 or step <= first else f" left {_clock(seconds / (step - first) * (total - step))}"
         shown = " ".join(f"{k.split('/', 1)[-1] if training else k} {v:.4g}" for k, v in values.items())
-        print(f"step {step}{f'/{total}' if total > 0 else ''} {_clock(seconds)}{left} {shown}", flush=True)
+        with pl_module.unless_disk_full("progress lines"):
+            print(f"step {step}{f'/{total}' if total > 0 else ''} {_clock(seconds)}{left} {shown}", flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -264,8 +270,13 @@ def _clock(seconds: float) -> str:
 class SignalCheckpoint(LightningCheckpoint):
     """On SIGTERM or SIGUSR1: finish the step, save `last.ckpt`, leave with exit code 143 (128 + SIGTERM).
 
-    The handler only sets a flag; it is looked at after each batch, on all ranks together. After SIGUSR1 within a SLURM
-    job (`#SBATCH --signal=SIGUSR1@90 --requeue`) the job is put back into the queue.
+    The handler only sets a flag; it is looked at after each training batch, on all ranks together, so that a signal to one
+    rank stops all. In a SLURM batch job (`#SBATCH --requeue`) rank zero then puts the job back into the queue.
+    When the checkpoint cannot be saved, CheckpointError ends the run instead (exit code 2) and no job is put back: it would
+    go on from an older checkpoint and meet the same full disk.
+
+    Lightning's own handlers are left out: on SIGTERM they broadcast from within the handler and end the run with code 0;
+    under SLURM they save `hpc_ckpt_N.ckpt` on SIGUSR1 and requeue the job a second time.
     """
 
     def __init__(self) -> None:
@@ -273,9 +284,10 @@ class SignalCheckpoint(LightningCheckpoint):
         self._flag = 0
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        import threading
-
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        trainer._signal_connector.register_signal_handlers = _nothing  # private to Lightning
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
         for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
@@ -291,20 +303,19 @@ class SignalCheckpoint(LightningCheckpoint):
             shared = torch.tensor(flag, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
             flag = int(shared)
-        if not flag or not pl_module.between_steps:
-            return
-        self._restore()
-        from tokgen.training.checkpoint import Checkpoint
+        from tokgen.training.checkpoint import Checkpoint, over
 
+        if not flag or not pl_module.between_steps or over(trainer):  # what is over ends by itself
+            return
         savers = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
         if savers:
             path = savers[0].save(trainer, pl_module)
             log.warning("signal %d: saved %s at step %d, stopping", flag, path, pl_module.step)
         else:
             log.warning("signal %d: no checkpoint callback, stopping without saving", flag)
-        job = os.environ.get("SLURM_JOB_ID")
-        if flag == getattr(signal, "SIGUSR1", None) and job and job.isdigit() and trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", job], check=False)
+        if trainer.is_global_zero:
+            requeue()
+        trainer.strategy.barrier()  # `srun --kill-on-bad-exit` ends all ranks as soon as one has left
         raise SystemExit(143)
 
     def _restore(self) -> None:
@@ -312,8 +323,32 @@ class SignalCheckpoint(LightningCheckpoint):
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._restore()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._restore()
+
+
+def _nothing() -> None:
+    return None
+
+
+def requeue() -> None:
+    """Put the SLURM batch job that this process belongs to back into the queue; outside of one, do nothing.
+
+    With "incomplete" SLURM leaves a job alone that was cancelled, or that it has put back itself (preemption).
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        command = ["scontrol", "requeue", "incomplete", job]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        problem = f"{done.stdout} {done.stderr}".strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        log.warning("job %s is not back in the queue (%s); submit it again, it goes on from last.ckpt", job, problem)

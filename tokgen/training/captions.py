@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -39,14 +40,15 @@ class Text:
 def training_captions(data: Any, limit: int, variants: bool = True) -> Iterator[str]:
     """Captions of the training shards in their order, with the `variants` in the JSON metadata or without; `limit` at most."""
     from tokgen.data.decode import BadSample, decode_caption, decode_json
-    from tokgen.data.tar import iter_samples, open_bytes
+    from tokgen.data.tar import Unreadable, read_samples
 
     shards, count = data.sets["train"], 0
     for shard in shards.shards:
         chosen = None if shard.selected is None else set(shard.selected.tolist())
-        with open_bytes(shard.location, shards.allow_shell_urls) as file:
-            samples = iter_samples(
-                file,
+        with contextlib.suppress(Unreadable):  # the data module has said so
+            samples = read_samples(
+                shard.location,
+                shards.allow_shell_urls,
                 extensions=("txt", "json"),
                 max_member_bytes=data.max_member_bytes,
                 wanted=lambda index, chosen=chosen: chosen is None or index in chosen,

@@ -7,11 +7,12 @@ across file systems) and says nothing when the folder is not writable.
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
 import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from tokgen.errors import CheckpointError, ConfigError
-from tokgen.training.base import TrainingModule
+from tokgen.files import why_unwritten
+from tokgen.training.base import TrainingDiverged, TrainingModule
 from tokgen.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -56,11 +58,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.close(folder)
         except BaseException as error:
             temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-            reason = _reason(error)
+            reason = why_unwritten(error)
             if reason is None:
                 raise
             raise CheckpointError(
-                f"checkpoint {path} was not written: {reason}; the one before is untouched"
+                f"checkpoint {path} was not written: {reason} ({_room(checkpoint, path.parent)}); what was there before "
+                "is untouched"
             ) from error
 
     def load_checkpoint(
@@ -103,24 +106,23 @@ def _keep(path: Path, copy: Path) -> None:
         os.replace(path, copy)
         return
     os.replace(temporary, copy)
+    temporary.unlink(missing_ok=True)  # still there if both are one file, after a kill between this and what follows
 
 
-def _reason(error: BaseException) -> str | None:
-    """A sentence for a failure to write, None if the error is something else."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError):
-            if chain.errno in (errno.ENOSPC, errno.EDQUOT):
-                return "the disk is full"
-            if chain.errno == errno.EFBIG:
-                return "the file would exceed the size limit of this process"
-            if chain.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                return "the folder is not writable"
-            return os.strerror(chain.errno) if chain.errno else str(chain)
-        if isinstance(chain, RuntimeError) and ("enforce fail" in str(chain) or "PytorchStreamWriter" in str(chain)):
-            return "the disk is full, or its writing failed"
-        chain = chain.__cause__ or chain.__context__
-    return None
+def _room(checkpoint: Any, folder: Path) -> str:
+    """How much a checkpoint needs and how much the disk has."""
+    needed, free = _size(checkpoint) / 1e6, "an unknown number of"
+    with contextlib.suppress(OSError):
+        free = f"{shutil.disk_usage(folder).free / 1e6:.0f}"
+    return f"about {needed:.0f} MB are needed, {free} MB are free there"
+
+
+def _size(data: Any) -> int:
+    """Bytes of the tensors in nested plain data."""
+    if isinstance(data, torch.Tensor):
+        return data.nbytes
+    values = data.values() if isinstance(data, dict) else data if isinstance(data, (list, tuple)) else ()
+    return sum(map(_size, values))
 
 
 def find_last(folder: str | os.PathLike[str]) -> Path | None:
@@ -173,12 +175,29 @@ def _point_at_next_batch(loop: dict[str, Any]) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put the folder `new` in the place of `folder`, and remove what was there."""
+    """Put the folder `new` in the place of `folder`, and remove what was there.
+
+    A kill between the two renames leaves no `folder`, but what was there, whole, as `folder.old-PID`: `recover_folder`
+    puts it back.
+    """
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        os.replace(old, new)  # so that what is called .old- is never half removed
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Clear away what a killed `replace_folder`, or the writing before it, left beside `folder`."""
+    for old in folder.parent.glob(f"{folder.name}.old-*"):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, folder)
+    for new in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(new, ignore_errors=True)
 
 
 class Checkpoint(LightningCheckpoint):
@@ -189,6 +208,10 @@ class Checkpoint(LightningCheckpoint):
 
     Steps are those of the training module (one per update of the main optimizer), so that a second optimizer changes
     nothing. With gradient accumulation a save waits for the step to be complete.
+
+    When a disk is full, an error says so, what was there before stays, and training goes on: the next save tries again.
+    Where there is no next one (at the end of training, and after a signal), CheckpointError is raised. All ranks do
+    alike, though one alone writes.
 
     Args:
         every_n_steps: steps between two saves of `last.ckpt`; None for none.
@@ -222,8 +245,9 @@ class Checkpoint(LightningCheckpoint):
         self.export, self.save_on_exception, self.dirpath = export, save_on_exception, dirpath
         self.best_score: float | None = None
         self.best_model_path = ""  # the name that `trainer.test(ckpt_path="best")` reads
-        self.saved_step = 0
-        self._time = time.monotonic()
+        self.saved_step = 0  # of what is on the disk
+        self._tried, self._time = 0, time.monotonic()  # step and moment of the last save, which may have failed
+        self._stale = ""  # why the published form is an older one than it should be
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -245,18 +269,19 @@ class Checkpoint(LightningCheckpoint):
             self.monitor, self.mode = pl_module.monitor
         if stage == "fit" and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stray in self.folder.glob("*.tmp-*"):  # of a run that was killed while it wrote
+            run = Path(trainer.default_root_dir)  # perhaps of a run that was killed while it wrote
+            files = (run.glob(f"{name}.tmp-*") for name in ("metrics.jsonl", "config.yaml", "images/*.png"))
+            for stray in (*self.folder.glob("*.tmp-*"), *itertools.chain.from_iterable(files)):
                 stray.unlink(missing_ok=True)
             for name in (pl_module.export_name, *pl_module.export_beside):
-                for state in ("tmp", "old"):
-                    for stray in Path(trainer.default_root_dir).glob(f"{name}.{state}-*"):
-                        shutil.rmtree(stray, ignore_errors=True)
+                recover_folder(run / name)
 
     def on_train_start(self, trainer: Any, pl_module: TrainingModule) -> None:
         self._time, self.saved_step = time.monotonic(), pl_module.step
+        self._tried, self._stale = pl_module.step, ""
 
     def on_train_batch_end(self, trainer: Any, pl_module: TrainingModule, *args: Any) -> None:
-        if not pl_module.between_steps or pl_module.step == self.saved_step:
+        if not pl_module.between_steps or pl_module.step == self._tried or over(trainer):
             return
         due = self.every_n_steps is not None and pl_module.step % self.every_n_steps == 0
         alone = trainer.world_size == 1
@@ -264,34 +289,75 @@ class Checkpoint(LightningCheckpoint):
             late = time.monotonic() - self._time >= 60 * self.every_n_minutes
             due = late if alone else trainer.strategy.broadcast(late)  # clocks differ between ranks
         if due:
-            self.save(trainer, pl_module)
+            with self._again_later(trainer):
+                self.save(trainer, pl_module)
 
     def save(self, trainer: Any, pl_module: TrainingModule) -> Path:
-        """Write `last.ckpt` now; called on all ranks."""
+        """Write `last.ckpt` now; called on all ranks. Raises CheckpointError, on all of them, if it cannot be written."""
         path = self.folder / LAST
-        trainer.save_checkpoint(path)
-        self._time, self.saved_step = time.monotonic(), pl_module.step
+        self._tried, self._time = pl_module.step, time.monotonic()
+        self._write(trainer, path)
+        self.saved_step = pl_module.step
         return path
 
+    def _write(self, trainer: Any, path: Path) -> None:
+        error = None
+        try:
+            trainer.save_checkpoint(path)
+        except CheckpointError as failure:  # on the rank that writes; the others are in the barrier behind the writing
+            error = failure
+            trainer.strategy.barrier()
+        if problem := _settled(trainer, error):
+            raise CheckpointError(problem) from error
+
+    @contextlib.contextmanager
+    def _again_later(self, trainer: Any) -> Iterator[None]:
+        """Within the block, what cannot be written is said and does not end the training."""
+        try:
+            yield
+        except CheckpointError as error:
+            if trainer.is_global_zero:
+                log.error("%s. Training goes on, and the next save tries again", error)
+
     def on_validation_end(self, trainer: Any, pl_module: TrainingModule) -> None:
+        before = self.best_score, self.best_model_path
         if not self.improved(trainer):
             return
         self.best_model_path = str(self.folder / BEST)
-        trainer.save_checkpoint(self.best_model_path)
-        if self.export != "none":
-            self.publish(trainer, pl_module)
+        with self._again_later(trainer):
+            try:
+                self._write(trainer, self.folder / BEST)
+            except CheckpointError:
+                self.best_score, self.best_model_path = before  # what best.ckpt still holds
+                raise
+            if self.export != "none":
+                self.publish(trainer, pl_module)
 
     def publish(self, trainer: Any, pl_module: TrainingModule) -> None:
-        """Write the published form into the run directory; called on all ranks. A reader finds a whole folder."""
+        """Write the published form into the run directory; called on all ranks. A reader finds a whole folder.
+
+        Raises CheckpointError, on all ranks, if it cannot be written; the folder of before is then as it was.
+        """
         averages = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-        with averages.applied(pl_module) if averages is not None else contextlib.nullcontext():
-            folder = Path(trainer.default_root_dir) / pl_module.export_name
-            pl_module.export(folder.with_name(f"{folder.name}.tmp-{os.getpid()}"), trainer.is_global_zero)
-        if trainer.is_global_zero:
-            for name in (*pl_module.export_beside, pl_module.export_name):
-                whole = folder.with_name(name)
-                replace_folder(whole.with_name(f"{name}.tmp-{os.getpid()}"), whole)
-        trainer.strategy.barrier()
+        folder = Path(trainer.default_root_dir) / pl_module.export_name
+        names, new = (*pl_module.export_beside, pl_module.export_name), f".tmp-{os.getpid()}"
+        error = None
+        try:
+            with averages.applied(pl_module) if averages is not None else contextlib.nullcontext():
+                pl_module.export(folder.with_name(folder.name + new), trainer.is_global_zero)
+            if trainer.is_global_zero:
+                for name in names:
+                    replace_folder(folder.with_name(name + new), folder.with_name(name))
+        except Exception as failure:  # on the rank that writes; the others are waiting to hear of it
+            reason = why_unwritten(failure) if trainer.is_global_zero else None
+            if reason is None:
+                raise
+            error = CheckpointError(f"{folder} was not written: {reason}; what was there before is untouched")
+            for name in names:
+                shutil.rmtree(folder.with_name(name + new), ignore_errors=True)
+        self._stale = _settled(trainer, error)
+        if self._stale:
+            raise CheckpointError(self._stale) from error
 
     def improved(self, trainer: Any) -> bool:
         """Whether the validation that just ended is the best so far; remembers it."""
@@ -309,15 +375,47 @@ class Checkpoint(LightningCheckpoint):
         return True
 
     def on_train_end(self, trainer: Any, pl_module: TrainingModule) -> None:
-        if pl_module.step != self.saved_step and pl_module.between_steps:
-            self.save(trainer, pl_module)
+        due = []
         if self.export == "last" or (self.export == "best" and self.best_score is None):
-            self.publish(trainer, pl_module)
+            due.append(self.publish)
+        if pl_module.step != self.saved_step and pl_module.between_steps:
+            due.append(self.save)  # last of all: a run that is resumed from it has nothing left to do
+        problems = []
+        for write in due:
+            try:
+                write(trainer, pl_module)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if self._stale and self.publish not in due:
+            problems.append(self._stale)
+        if problems:
+            raise CheckpointError("; ".join(problems))
 
     def on_exception(self, trainer: Any, pl_module: TrainingModule, exception: BaseException) -> None:
         alone = trainer.world_size == 1  # other ranks may hang, and saving is collective
         if not (self.save_on_exception and alone and trainer.training and hasattr(self, "folder")):
             return
-        if isinstance(exception, CheckpointError) or pl_module.step == self.saved_step or not pl_module.between_steps:
+        if isinstance(exception, (CheckpointError, TrainingDiverged)):  # what diverged must not push out what is whole
             return
-        self.save(trainer, pl_module)
+        if pl_module.step == self.saved_step or not pl_module.between_steps or over(trainer):
+            return
+        try:
+            self.save(trainer, pl_module)
+        except CheckpointError as error:  # what broke the training off is what is raised
+            log.error("%s", error)
+
+
+def over(trainer: Any) -> bool:
+    """Whether the training batch that just ended is the last of the run.
+
+    Nothing is saved then until the validation and the publishing that are still due are done: a run that is resumed after
+    its last batch does neither.
+    """
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return True
+    return trainer.is_last_batch and 0 < (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+
+
+def _settled(trainer: Any, error: CheckpointError | None) -> str:
+    """The text of rank zero's error, "" for none, on all ranks, so that none goes on by itself; called on all of them."""
+    return trainer.strategy.broadcast("" if error is None else str(error))

@@ -111,6 +111,7 @@ class EndToEndModule(AutoencoderModule):
     ema_modules: ClassVar[tuple[str, ...]] = ()  # a stage must build on the very weights that the one before has left
     export_name: ClassVar[str] = "tokenizer"
     export_beside: ClassVar[tuple[str, ...]] = ("lm", "projector")
+    watched: ClassVar[tuple[str, ...]] = (*AutoencoderModule.watched, "caption")
 
     def __init__(
         self,
@@ -176,6 +177,9 @@ class EndToEndModule(AutoencoderModule):
     def stage(self) -> TuningStage:
         """The stage that the current step belongs to."""
         return self.stages[self.schedule.at(self._step)[0]]
+
+    def stage_at(self, step: int) -> int:
+        return self.schedule.at(step)[0]
 
     # -- building, once the data is known -----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tokgen.data.datamodule import ShardsDataModule
-from tokgen.errors import CheckpointError, ConfigError, TokgenError
-from tokgen.files import replacing
+from tokgen.errors import CheckpointError, ConfigError, TokgenError, causes
+from tokgen.files import replacing, why_unwritten
 from tokgen.tokens import Tokens
 from tokgen.training.autoencoder import AutoencoderModule  # noqa: F401  (recipes name it without its module)
 from tokgen.training.base import TrainingModule
@@ -42,6 +43,7 @@ from tokgen.training.checkpoint import BEST, LAST, AtomicCheckpointIO, Checkpoin
 from tokgen.training.ema import EMA
 from tokgen.training.end_to_end import EndToEndModule  # noqa: F401
 from tokgen.training.generator import GeneratorModule  # noqa: F401
+from tokgen.training.guard import Guard
 from tokgen.training.staged import StagedModule  # noqa: F401
 
 log = logging.getLogger(__name__)
@@ -85,8 +87,15 @@ class JsonLinesLogger(Logger):
             self.resumed_step = None
         values = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}  # NaN is no JSON
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with open(self.path, "ab", buffering=0) as file:
+            size, line = file.tell(), (json.dumps({"step": step, **values}) + "\n").encode()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # a full disk takes a part of the line
+                raise
 
     def _rewind(self, step: int, metrics: dict[str, float]) -> None:
         """Drop the lines after `step`, those at it that `metrics`, of the same step, repeat (a validation that was due when the
@@ -103,6 +112,29 @@ class JsonLinesLogger(Logger):
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
+class TensorBoard(TensorBoardLogger):
+    """A full disk ends the thread that writes, which then raises at whatever comes next. Some minutes later a new file is begun."""
+
+    retry_seconds = 600.0
+    failed_at = -math.inf
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.failed_at < self.retry_seconds:
+            return
+        try:
+            super().log_metrics(*args, **kwargs)
+        except Exception as error:  # lightning makes a ValueError of it
+            if why_unwritten(error) is not None:
+                self._experiment, self.failed_at = None, time.monotonic()
+            raise
+
+    def finalize(self, status: str) -> None:
+        try:
+            super().finalize(status)
+        except OSError as error:  # what was logged is there but for the last
+            log.error("TensorBoard's file in %s lacks its end (%s)", self.log_dir, why_unwritten(error))
+
+
 class _SaveConfig(SaveConfigCallback):
     """The effective settings as `config.yaml` in the run directory."""
 
@@ -110,15 +142,14 @@ class _SaveConfig(SaveConfigCallback):
         if stage != "fit" or self.already_saved:
             return
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+            with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+                self.parser.save(self.config, str(temporary), skip_none=False, overwrite=True)
         self.already_saved = True
 
 
 class TokgenLightningCLI(LightningCLI):
     """Models: subclasses of `TrainingModule`. Data: `ShardsDataModule`. Callbacks of every run have keys of their own
-    (`checkpoint`, `ema`, `images`, `codebook`, `progress`, ...), so that no list in a file replaces them."""
+    (`checkpoint`, `ema`, `guard`, `images`, `codebook`, `progress`, ...), so that no list in a file replaces them."""
 
     def __init__(self, args: Sequence[str]) -> None:
         self.recipes = _config_files(args)
@@ -158,6 +189,7 @@ class TokgenLightningCLI(LightningCLI):
         for cls, key in (
             (Checkpoint, "checkpoint"),
             (EMA, "ema"),
+            (Guard, "guard"),
             (ImageGrid, "images"),
             (SampleGrid, "samples"),
             (CodebookMonitor, "codebook"),
@@ -214,7 +246,7 @@ class TokgenLightningCLI(LightningCLI):
             json_logger = JsonLinesLogger(run_dir, step)
             if logger in (None, True):
                 purge = None if self.ckpt_path is None else step + 1
-                logger = TensorBoardLogger(str(run_dir), name="", version="", purge_step=purge)
+                logger = TensorBoard(str(run_dir), name="", version="", purge_step=purge)
             kwargs["logger"] = [json_logger, *(logger if isinstance(logger, list) else [logger])]
         if isinstance(self.model, TrainingModule):
             if (
@@ -265,11 +297,9 @@ def _plainly(error: Exception) -> Exception:
     """What a user should read: our own error behind a parser's, or the parser's in one line; else the error itself."""
     from jsonargparse import ArgumentError
 
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, TokgenError):
-            return chain
-        chain = chain.__cause__ or chain.__context__
+    for cause in causes(error):
+        if isinstance(cause, TokgenError):
+            return cause
     if isinstance(error, ArgumentError):
         return ConfigError(_one_line(str(error)))
     if isinstance(error, MisconfigurationException):

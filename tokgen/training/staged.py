@@ -170,6 +170,9 @@ class StagedModule(TrainingModule):
         """The stage that the next step belongs to."""
         return self.schedule.at(self._step)[0]
 
+    def stage_at(self, step: int) -> int:
+        return self.schedule.at(step)[0]
+
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""A run that goes on elsewhere: on one process, on two copies (DDP), on two halves (FSDP2), and back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import moving_shapes
+import pytest
+import ranks
+import test_contrastive_training as contrast
+import tiny
+import torch
+
+from tokgen.errors import ConfigError
+from tokgen.training.checkpoint import Checkpoint, read_checkpoint
+from tokgen.training.ema import EMA
+from tokgen.training.sharding import FullyShardedStrategy
+
+ROUTE = ("one", "ddp", "fsdp", "ddp", "one", "fsdp", "one")  # two steps on each
+
+
+class SteadyBatches(ranks.FixedBatches):
+    """As `FixedBatches`, with a place in the epoch that is saved and found again."""
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        samples = super().train_dataloader().dataset
+        return moving_shapes.Loader(samples, 8 // self.processes)
+
+
+def leg(world: int, folder: Path, run: str, kind: str, steps: int) -> None:
+    """Train to step `steps`, from the checkpoint of the run if it has one."""
+    module = tiny.generator(
+        config={"token_dropout": 0.0, "caption_dropout": 0.0}, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)
+    )
+    strategy = {"one": "auto", "ddp": "ddp"}.get(kind) or FullyShardedStrategy()
+    record, last = tiny.Record(), folder / run / "checkpoints" / "last.ckpt"
+    trainer = tiny.trainer(
+        folder / run, EMA(0.5), Checkpoint(), record, devices=world, strategy=strategy, max_steps=steps
+    )
+    trainer.fit(module, datamodule=SteadyBatches(folder / "codes", world), ckpt_path=last if last.exists() else None)
+    if trainer.is_global_zero:
+        torch.save(record.column("train/loss"), folder / run / f"losses-{steps}.pt")
+
+
+def write_codes(folder: Path) -> None:
+    for split, count in (("train", 48), ("val", 10)):
+        tiny.write_codes(folder / "codes" / split, count, 0)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_with_another_number_of_ranks_and_another_strategy(tmp_path):
+    """Losses, weights, Adam's moments and EMA are those of the run that stayed on one process, across an epoch's end."""
+    write_codes(tmp_path)
+    total = 2 * len(ROUTE)
+    ranks.on_ranks(leg, 1, tmp_path, "stayed", "one", total)
+    losses: list[float] = []
+    for i, kind in enumerate(ROUTE, 1):
+        ranks.on_ranks(leg, 1 if kind == "one" else 2, tmp_path, "moved", kind, 2 * i)
+        losses += torch.load(tmp_path / "moved" / f"losses-{2 * i}.pt")
+    expected = torch.load(tmp_path / "stayed" / f"losses-{total}.pt")
+    assert len(losses) == total and losses == pytest.approx(expected, rel=1e-4)
+    one, other = (read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("stayed", "moved"))
+    assert one["global_step"] == other["global_step"] == total
+    for part in (
+        lambda c: c["state_dict"],
+        lambda c: c["callbacks"]["EMA"]["average"],
+        lambda c: {(n, k): v for n, s in c["optimizer_states"][0]["state"].items() for k, v in s.items()},
+    ):
+        assert part(one).keys() == part(other).keys() and part(one)
+        for name, value in part(one).items():
+            torch.testing.assert_close(
+                part(other)[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def stream(world: int, folder: Path, run: str, steps: int) -> None:
+    """Train on shards as a user does; what the data module says goes to a file."""
+    said, record = Lines(), tiny.Record()
+    logging.getLogger("tokgen.data").addHandler(said)
+    last = folder / run / "checkpoints" / "last.ckpt"
+    trainer = tiny.trainer(
+        folder / run, Checkpoint(), record, devices=world, strategy="auto" if world == 1 else "ddp", max_steps=steps
+    )
+    data = tiny.shards(folder / "codes", 4)
+    trainer.fit(tiny.generator(), datamodule=data, ckpt_path=last if last.exists() else None)
+    if trainer.is_global_zero:
+        torch.save([said.lines, [row["step"] for row in record.rows]], folder / run / f"{steps}.pt")
+
+
+@pytest.mark.slow
+def test_the_place_in_the_data_is_kept_as_batches_and_one_line_says_what_changed(tmp_path):
+    """12 batches an epoch in one process, 6 in two: from batch 8 of 12 to two ranks, whose epoch is over, and back."""
+    write_codes(tmp_path)
+    for world, steps in ((1, 8), (2, 15), (1, 30)):
+        ranks.on_ranks(stream, world, tmp_path, "run", steps)
+        lines, done = torch.load(tmp_path / "run" / f"{steps}.pt")
+        assert done[-1] == steps and done == list(range(done[0], steps + 1))
+        if steps == 8:
+            assert lines == []
+        else:
+            (line,) = lines
+            assert "cannot be resumed exactly" in line and f"world was {3 - world}, is {world}" in line
+
+
+def refused(world: int, folder: Path) -> None:
+    for module, words in (
+        (tiny.autoencoder(), "AutoencoderModule is not sharded; use trainer.strategy ddp"),
+        (contrast.module(), "ContrastiveModule is not sharded; use trainer.strategy ddp"),
+    ):
+        trainer = tiny.trainer(folder, devices=world, strategy=FullyShardedStrategy(), max_steps=1)
+        with pytest.raises(ConfigError, match=words):
+            trainer.fit(module, datamodule=tiny.shards(folder / "images"))
+
+
+@pytest.mark.slow
+def test_modules_that_cannot_be_split_are_refused(tmp_path):
+    for split in ("train", "val"):
+        tiny.write_images(tmp_path / "images" / split, 12, 0)
+    ranks.on_ranks(refused, 1, tmp_path)
