@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,15 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study import ROOT, SHARDS, tokgen
+from study import ROOT, tokgen
 
 MODEL = "--model.init_args."
-TEACHER = ROOT / "assets/demo/teacher"
-DATA = {  # kind -> where it lies, and how it is measured
-    "pictures": (SHARDS, ["--size", 64]),
-    "clips": ("clips", ["--frames", 8, "--size", 64]),
-    "motion": ("motion", []),
-}
+TEACHER = Path("assets/demo/teacher")
+SIZES = {"pictures": ["--size", 64], "clips": ["--frames", 8, "--size", 64], "motion": []}  # of data, by its kind
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,17 @@ TOKENIZERS = {
     "ett": Card("ett-tiny", 350, (f"{MODEL}stages", json.dumps(ETT_STAGES)), needs="ibq"),
     "emu3": Card("emu3-tiny", 1000),
     "tokenflow": Card("tokenflow-tiny", 800),
-    "seed": Card("seed-tiny", 1000, stages(contrastive=400, codebook=300, pixels=300)),
-    "lavit": Card("lavit-tiny", 1200, stages(features=400, codebook=300, pixels=500)),
-    "trajectory": Card("trajectory-tiny", 800, data="clips"),
+    "seed": Card("seed-tiny", 500, stages(contrastive=200, codebook=150, pixels=150)),
+    "lavit": Card("lavit-tiny", 600, stages(features=200, codebook=150, pixels=250)),
+    "trajectory": Card("trajectory-tiny", 400, data="clips"),
     "video-lavit-motion": Card("video-lavit-motion-tiny", 300, data="motion"),
 }
 GENERATORS = {
     "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
-    "llama": Card("llama-tiny", 400, tokenizer="vqgan"),
-    "arra": Card("arra-tiny", 700, tokenizer="vqgan"),
-    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 400, tokenizer="tokenflow"),
-    "trajectory-t2v": Card("trajectory-t2v-tiny", 400, tokenizer="trajectory", data="clips"),
+    "llama": Card("llama-tiny", 200, tokenizer="vqgan"),
+    "arra": Card("arra-tiny", 300, tokenizer="vqgan"),
+    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 200, tokenizer="tokenflow"),
+    "trajectory-t2v": Card("trajectory-t2v-tiny", 200, tokenizer="trajectory", data="clips"),
 }
 CARDS = TOKENIZERS | GENERATORS
 
@@ -80,17 +77,15 @@ CARDS = TOKENIZERS | GENERATORS
 
 def prepare(out: Path, kind: str) -> Path:
     """The shards of a kind, `train` and `val`, made if they are not there."""
-    folder = Path(DATA[kind][0])
+    demo, folder = Path("assets/demo"), out / kind
     if kind == "pictures":
-        return folder
-    folder = out / folder
+        return demo / "shards"
     if not (folder / "finished").is_file():
-        demo = ROOT / "assets/demo"
         if kind == "motion":
-            script(demo / "motion_clips.py", "--out", folder, "--clips", 300)
+            script(demo / "motion_clips.py", "--out", folder, "--clips", 200)
         else:
             moving = out / "moving"
-            script(demo / "moving_clips.py", "--out", moving, "--clips", 800, "--val", 60, "--size", 64, "--frames", 16)
+            script(demo / "moving_clips.py", "--out", moving, "--clips", 400, "--val", 60, "--size", 64, "--frames", 16)
             for split in ("train", "val"):
                 tokgen(
                     "trajectories", moving / split, folder / split, "--source", "voting",
@@ -102,8 +97,8 @@ def prepare(out: Path, kind: str) -> Path:
 
 def script(path: Path, *arguments: object) -> None:
     words = [str(a) for a in arguments]
-    print(f"$ python {path.relative_to(ROOT)} {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, str(path), *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(f"$ python {path} {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, str(path), *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def codes(out: Path, name: str) -> Path:
@@ -112,7 +107,7 @@ def codes(out: Path, name: str) -> Path:
     embed = ["--embed", TEACHER] if card.data == "pictures" else []
     for split in ("train", "val"):
         source = prepare(out, card.data) / split
-        options = [*DATA[card.data][1], *embed]
+        options = [*SIZES[card.data], *embed]
         tokgen("tokenize", source, "--model", model_of(out, name), "--out", folder / split, *options)
     return folder
 
@@ -123,7 +118,7 @@ def codes(out: Path, name: str) -> Path:
 def model_of(out: Path, name: str) -> Path:
     card = CARDS[name]
     if card.recipe is None:
-        return ROOT / card.model
+        return Path(card.model)
     return out / name / ("generator" if name in GENERATORS else "tokenizer")
 
 
@@ -159,7 +154,7 @@ def train(out: Path, name: str) -> None:
 
 def measure(out: Path, cards: Path, name: str) -> None:
     card, target = CARDS[name], cards / name
-    shards, options = prepare(out, card.data), DATA[card.data][1]
+    shards, options = prepare(out, card.data), SIZES[card.data]
     extractor = ["--extractor", "mobilenet" if card.data == "pictures" else "none"]
     model = model_of(out, name)
     if name in GENERATORS:
@@ -170,10 +165,10 @@ def measure(out: Path, cards: Path, name: str) -> None:
             "evaluate", "generator", model, "--data", shards / "val", *where, *extractor, *text,
         )  # fmt: skip
         return
-    probe = ["--probe", "group"] if card.data == "pictures" else []
+    probe, some = (["--probe", "group"], ["--samples", 2000]) if card.data == "pictures" else ([], [])
     common = ["evaluate", "tokenizer", model, *options, *extractor]
     once(target / "unseen", *common, "--data", shards / "val", "--learnability", "none")
-    once(target / "seen", *common, "--data", shards / "train", "--learnability", "short", *probe)
+    once(target / "seen", *common, "--data", shards / "train", *some, "--learnability", "short", *probe)
     if not (target / "language/report.json").is_file():
         tokgen("analyze", codes(out, name) / "train", "--out", target / "language")
 
@@ -255,12 +250,13 @@ def _steps(card: Card) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/cards", help="where runs and codes go")
-    parser.add_argument("--cards", type=Path, default=ROOT / "docs/cards", help="where cards go")
+    parser.add_argument("--out", type=Path, default=Path("runs/cards"), help="where runs and codes go")
+    parser.add_argument("--cards", type=Path, default=Path("docs/cards"), help="where cards go")
     parser.add_argument("--only", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--train-only", action="store_true", help="train, and measure another time")
     arguments = parser.parse_args()
-    out = arguments.out.absolute()
+    os.chdir(ROOT)  # so that cards name what anybody has
+    out = arguments.out
     for name in arguments.only:
         train(out, name)
         if not arguments.train_only:
