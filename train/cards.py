@@ -5,8 +5,8 @@
 
 The shipped demo models are measured as they are; the others are trained by their tiny recipes for the steps below, which are
 fewer than the recipes' own. Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
-did, with how learnable the codes are, and the study of its codes as a language; of each generator a card on the captions of `val`.
-Finished runs are kept in --out, so that an interrupted call goes on. Options: --out, --cards, --only, --train-only.
+did, and the study of its codes as a language; of each generator a card on the captions of `val`. Finished runs are kept in --out, so
+that an interrupted call goes on. Options: --out, --cards, --only, --learnability, --train-only.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def train(out: Path, name: str) -> None:
 # -- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def measure(out: Path, cards: Path, name: str) -> None:
+def measure(out: Path, cards: Path, name: str, learnability: str) -> None:
     card, target = CARDS[name], cards / name
     shards, options = prepare(out, card.data), SIZES[card.data]
     extractor = ["--extractor", "mobilenet" if card.data == "pictures" else "none"]
@@ -165,10 +165,10 @@ def measure(out: Path, cards: Path, name: str) -> None:
             "evaluate", "generator", model, "--data", shards / "val", *where, *extractor, *text,
         )  # fmt: skip
         return
-    probe, some = (["--probe", "group"], ["--samples", 2000]) if card.data == "pictures" else ([], [])
+    probe, some = (["--probe", "group"], ["--samples", 1000]) if card.data == "pictures" else ([], [])
     common = ["evaluate", "tokenizer", model, *options, *extractor]
     once(target / "unseen", *common, "--data", shards / "val", "--learnability", "none")
-    once(target / "seen", *common, "--data", shards / "train", *some, "--learnability", "short", *probe)
+    once(target / "seen", *common, "--data", shards / "train", *some, "--learnability", learnability, *probe)
     if not (target / "language/report.json").is_file():
         tokgen("analyze", codes(out, name) / "train", "--out", target / "language")
 
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cards"), help="where runs and codes go")
     parser.add_argument("--cards", type=Path, default=Path("docs/cards"), help="where cards go")
     parser.add_argument("--only", nargs="+", choices=CARDS, default=list(CARDS))
+    parser.add_argument("--learnability", choices=("short", "none"), default="none", help="4 minutes of one core each")
     parser.add_argument("--train-only", action="store_true", help="train, and measure another time")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # so that cards name what anybody has
@@ -260,7 +261,7 @@ def main() -> None:
     for name in arguments.only:
         train(out, name)
         if not arguments.train_only:
-            measure(out, arguments.cards, name)
+            measure(out, arguments.cards, name, arguments.learnability)
     if not arguments.train_only:
         page = arguments.cards / "README.md"
         page.write_text(overview(arguments.cards))

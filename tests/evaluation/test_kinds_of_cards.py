@@ -158,7 +158,17 @@ def test_every_generator_has_a_card(shards, tmp_path, text, kind):
         assert card.protocols["likelihood"].details["frames"] == 8 and any("No FVD" in note for note in card.notes)
         assert Image.open(tmp_path / "card" / "pictures.png").size[0] == 8 * (SIDE + 2) + 2
         assert (
-            main(["evaluate", "generator", str(tmp_path / "model"), "--data", str(shards / "images"), "--out", "x"])
+            main(
+                [
+                    "evaluate",
+                    "generator",
+                    str(tmp_path / "model"),
+                    "--data",
+                    str(shards / "images"),
+                    "--out",
+                    str(tmp_path / "x"),
+                ]
+            )
             == 2
         )
 
