@@ -1,4 +1,4 @@
-"""Children of a test process: forked, so that nothing is imported again, and never left behind."""
+"""Children of a test process: forked from a server, so that little is imported again, and never left behind."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from typing import Any
 
 
 def fork(work: Callable[..., int | None], log: Path, *args: Any) -> multiprocessing.Process:
-    """A child that runs `work(*args)`, ends with the code that it returns, and prints into a file."""
+    """A child that runs `work(*args)`, ends with the code that it returns, and prints into a file.
 
-    def child() -> None:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
-        sys.exit(work(*args))
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    From a server that has computed nothing: torch lets no child of a process that has gone backward go backward itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tokgen.training.lightning_cli"])
+    process = context.Process(target=_child, args=(log, work, args))
     process.start()
     return process
+
+
+def _child(log: Path, work: Callable[..., int | None], args: tuple[Any, ...]) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    sys.exit(work(*args))
 
 
 def exit_codes(processes: list[multiprocessing.Process], seconds: float = 240) -> list[int | None]:

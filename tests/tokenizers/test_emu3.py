@@ -179,7 +179,9 @@ def test_outside_of_training_frames_are_taken_in_parts(ndim, monkeypatch):
     decoded = tokenizer.decode(whole)
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 3 * 8 * 8)
     assert torch.equal(tokenizer.encode(pixels).ids, whole.ids)
-    assert torch.allclose(tokenizer.decode(whole), decoded, atol=1e-6)
+    assert torch.allclose(
+        tokenizer.decode(whole), decoded, atol=1e-5
+    )  # convolutions of other sizes sum in another order
     frames = 5 if ndim == 4 else 40
     parts = [3] * (frames // 3) + [frames % 3]
     assert seen == {"encoder": parts, "decoder": [frames, *parts]}
