@@ -24,7 +24,7 @@ from tokgen.training.guard import Guard
 from tokgen.training.sharding import FullyShardedStrategy
 
 FSQ = {"type": "fsq", "levels": [8, 8, 8, 8]}
-TOTAL, HURT = 108, 71  # steps; the checkpoint of step 72 holds weights that were hurt
+TOTAL, HURT = 132, 95  # steps; the checkpoint of step 96 holds weights that were hurt
 
 
 class Hurt(L.Callback):
@@ -135,14 +135,13 @@ def test_a_discriminator_that_explodes_does_not_ruin_the_reconstructions(tmp_pat
     module, rows, ended = hurt
     _, ruined, _ = fit(tmp_path, tiny.shards(pictures), autoencoder(), Hurt("discriminator", 1e3))
     healthy = reconstruction(unhurt[1])
-    print("FIGURES disc", healthy, reconstruction(rows), reconstruction(ruined), rollbacks(module))
     assert ended is None and module.step == TOTAL
-    assert reconstruction(rows) < 1.2 * healthy
+    assert reconstruction(rows) < 1.2 * healthy  # 14 of its steps are lost
     assert reconstruction(ruined) > 4 * healthy
-    # found in the window of 71 to 74; the weights of 72 were dragged along already
-    assert rollbacks(module) == [(74, 60)] and module.lr_scales == {1: 0.5}
+    # found in the window of 95 to 98; the weights of 96 were dragged along already
+    assert rollbacks(module) == [(98, 84)] and module.lr_scales == {1: 0.5}
     (told,) = [row for row in rows if "guard/rollbacks" in row]
-    assert told == {"step": 74, "guard/rollbacks": 1, "guard/lr_scale": 1.0, "guard/disc_lr_scale": 0.5}
+    assert told == {"step": 98, "guard/rollbacks": 1, "guard/lr_scale": 1.0, "guard/disc_lr_scale": 0.5}
     assert [row["step"] for row in rows if "train/reconstruction" in row] == list(range(1, TOTAL + 1))
     rate = module.trainer.optimizers[1].param_groups[0]["lr"]
     assert rate == pytest.approx(0.5e-3 * module.schedule.factor(TOTAL - 1))
@@ -154,10 +153,9 @@ def test_a_tokenizer_that_explodes_comes_back(tmp_path, pictures, unhurt):
     module, rows, ended = fit(tmp_path / "with", tiny.shards(pictures), autoencoder(), Guard(window=4), hurt())
     _, ruined, _ = fit(tmp_path / "without", tiny.shards(pictures), autoencoder(), hurt())
     healthy = reconstruction(unhurt[1])
-    print("FIGURES tokenizer", healthy, reconstruction(rows), reconstruction(ruined), rollbacks(module))
     assert ended is None and module.lr_scales == {0: 0.5}
-    assert reconstruction(rows) < 1.5 * healthy
-    assert reconstruction(ruined) > 2 * healthy
+    assert reconstruction(rows) < 1.35 * healthy  # some of it for the halved rate
+    assert reconstruction(ruined) > 4 * healthy
 
 
 class AsSaved(L.Callback):
@@ -187,7 +185,7 @@ def test_weights_that_became_nan_are_replaced_and_what_is_restored_is_what_was_s
     module = autoencoder(max_bad_steps=3, tokenizer=tiny.tokenizer(tiny.EMA_VQ), lecam_weight=0.1)
     # the checkpoint of step 36 holds them too
     check, poison = AsSaved(), Hurt("tokenizer.decoder", float("nan"), step=36)
-    module, _rows, ended = fit(tmp_path, tiny.shards(pictures), module, Guard(), poison, check, steps=48)
+    module, _, ended = fit(tmp_path, tiny.shards(pictures), module, Guard(), poison, check, steps=48)
     assert ended is None and module.step == 48 and module.skipped == 3
     assert rollbacks(module) == [(36, 24)] and module.lr_scales == {0: 0.5}
     assert len(check.seen) > 50 and all(check.seen)
@@ -201,14 +199,15 @@ def test_weights_that_became_nan_are_replaced_and_what_is_restored_is_what_was_s
 def test_killed_after_a_rollback_and_resumed_is_the_run_that_was_not(tmp_path, pictures, hurt):
     """Killed before the next checkpoint, so that the trouble comes again, and killed after it."""
     rows, last = [], None
-    for kill in (76, 90, None):
+    for kill in (102, 110, None):
+        module = autoencoder(seed=0 if last is None else 7)  # of a resumed run everything is in the checkpoint
         callbacks = [Guard(window=4), Hurt("discriminator", 1e3), *([Kill(kill)] if kill else [])]
-        module, more, ended = fit(tmp_path, tiny.shards(pictures), autoencoder(seed=7), *callbacks, start=last)
+        module, more, ended = fit(tmp_path, tiny.shards(pictures), module, *callbacks, start=last)
         assert isinstance(ended, Killed) if kill else ended is None
         last = tmp_path / "checkpoints" / LAST
         start = more[0]["step"] - 1
         rows = [row for row in rows if row["step"] <= start] + more
-        assert rollbacks(module) == [(74, 60)]
+        assert rollbacks(module) == [(98, 84)]
     straight, expected, _ = hurt
     assert {row["step"] for row in rows} == set(range(1, TOTAL + 1))
     assert losses(rows) == losses(expected)
@@ -233,14 +232,6 @@ def test_a_discriminator_with_far_too_high_a_learning_rate(tmp_path, pictures):
         start = tmp_path / name / "checkpoints" / LAST
         ends[name] = fit(tmp_path / name, tiny.shards(pictures), module(), *guard, steps=132, start=start)
     guarded, rows, ended = ends["with"]
-    print(
-        "FIGURES natural",
-        reconstruction(before),
-        reconstruction(rows),
-        reconstruction(ends["without"][1]),
-        rollbacks(guarded),
-        guarded.lr_scales,
-    )
     assert ended is None and guarded.step == 132 and guarded.lr_scales.keys() == {1}
     assert reconstruction(rows) < 2 * reconstruction(before)
     assert reconstruction(ends["without"][1]) > 8 * reconstruction(before)
@@ -303,7 +294,7 @@ def test_a_normal_run_is_left_alone(tmp_path, pictures, recipe):
         for split, count in (("train", 48), ("val", 10)):
             tiny.write_codes(tmp_path / "codes" / split, count, 0)
         data = tiny.shards(tmp_path / "codes")
-    module, _rows, ended = fit(tmp_path, data, recipe(tmp_path), Guard(window=2), steps=60, every=None)
+    module, _, ended = fit(tmp_path, data, recipe(tmp_path), Guard(window=2), steps=60, every=None)
     assert ended is None and module.step == 60 and rollbacks(module) == []
     tracks = next(c for c in module.trainer.callbacks if isinstance(c, Guard)).tracks
     assert tracks and all(len(track.history) >= 5 for track in tracks.values())  # it did look
@@ -314,10 +305,10 @@ def test_a_normal_run_is_left_alone(tmp_path, pictures, recipe):
 
 def on_ranks(kind: str, folder: Path) -> None:
     check = AsSaved()
-    options = {"devices": 2, "steps": 60}
+    options = {"devices": 2, "steps": 48}
     if kind == "ddp":
         module, data, hurt = (
-            autoencoder(disc_start=6, disc_train_from=4),
+            autoencoder(disc_start=6, disc_train_from=4, disc_norm="group"),
             tiny.shards(folder / "images"),
             "discriminator",
         )
@@ -358,8 +349,8 @@ def test_all_ranks_go_back_together(tmp_path, kind):
     assert one["scales"] == two["scales"] == {int(kind == "ddp"): 0.5}
     assert len(one["as_saved"]) > 20 and all(one["as_saved"]) and all(two["as_saved"])
     assert all(torch.equal(one["weights"][name], value) for name, value in two["weights"].items())
-    assert one["losses"] == two["losses"] and len(one["losses"]) == 60
-    assert max(one["losses"][-12:]) < max(one["losses"][:5])
+    assert one["losses"] == two["losses"] and len(one["losses"]) == 48
+    assert max(one["losses"][-6:]) < max(one["losses"][:5])
 
 
 if __name__ == "__main__":

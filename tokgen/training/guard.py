@@ -68,24 +68,24 @@ class Guard(Callback):
 
     Watched are the losses that a module names in `signals`: distances of the reconstruction, the loss of a generator, loss
     and logits of a discriminator. Every `window` steps the median of a loss over these steps is compared with the median
-    over up to 10 healthy windows before. More than `factor` times that is an explosion, and more than its square root a
-    suspicion, which ends the history until it comes true, goes away, or has lasted for five windows. A median over a window
-    is deaf to single bad batches. Five windows must have passed before, in the same stage of a staged run, so that the first steps of a
+    over up to 10 healthy windows before. More than `factor` times that is an explosion; more than its square root is a
+    suspicion, and no part of the history until it has lasted for five windows. A median over a window is deaf to single
+    bad batches. Five windows must have passed before, in the same stage of a staged run, so that the first steps of a
     network are never judged; and a loss that is still below a tenth of what it began with has not exploded, however small
-    it was before. Losses of a discriminator are in units of what is usual, and less counts as 1 (`discriminator_signals`). `max_bad_steps`
-    steps in a row that were skipped for a NaN are an explosion too.
+    it was before. Losses of a discriminator are in units of what is usual, and less counts as 1 (see
+    `discriminator_signals`). `max_bad_steps` steps in a row that were skipped for a NaN are an explosion too.
 
     Gradient norms that are finite are not judged: clipping takes their size away, and a discriminator's falls by orders
     of magnitude while it is right and comes back in health. If they do harm, a loss shows it. What a ratio cannot see: a
     cross-entropy that falls back to guessing rises by less than `factor`; for language models take one nearer to 1.5.
 
     On an explosion all ranks restore weights, buffers, EMA and optimizer states from `last.ckpt`, or from `previous.ckpt`
-    if the newer one was written after the trouble began, holds a discriminator that was wild already, or has lately been gone
-    back to for nothing. Steps, schedule, position in the
-    data and random numbers go on: other batches follow. The learning rate of the optimizer at fault is lowered for the rest
-    of the run. At fault is the one whose loss rose first, the main one if both did at the same step (a discriminator shown
-    nonsense has wild logits too). If the reconstruction exploded alone, it is the discriminator's where that has just begun
-    or was wild before; if losses are not finite, where the reconstruction is as usual.
+    if the newer one was written after the trouble began, holds a discriminator that was wild already, or has lately been
+    gone back to for nothing. Steps, schedule, position in the data and random numbers go on: other batches follow. The
+    learning rate of the optimizer at fault is lowered for the rest of the run. At fault is the one whose loss rose first,
+    the main one if both did at the same step (a discriminator shown nonsense has wild logits too). If the reconstruction
+    exploded alone, it is the discriminator's where that has just begun or was wild before; if losses are not finite, where
+    the reconstruction is as usual.
 
     What a roll-back does follows from checkpoints and steps alone, and the guard's own state is in the checkpoints: a run
     that was killed and resumed goes back where the uninterrupted one does. A checkpoint written in between for another
@@ -93,7 +93,7 @@ class Guard(Callback):
 
     Args:
         factor: above 1.
-        window: steps, at least 2. The explosion is seen 1 to 1.5 windows after it began; two checkpoints should not
+        window: steps, at least 2. The explosion is seen half a window to one and a half after it began; two checkpoints should not
             both be written within that time.
         max_rollbacks: more of them within 100 windows end the run with `TrainingDiverged`; 0 turns the guard off.
         lr_factor: in (0, 1], of the learning rate at fault, for each roll-back.
@@ -170,7 +170,7 @@ class Guard(Callback):
         if index != MAIN or not others:
             return index
         if max(pl_module.bad_in_a_row.values(), default=0) >= pl_module.max_bad_steps:
-            usual = {name: self.tracks[f"{MAIN}/{name}"].history for name in pl_module.signals[MAIN]}
+            usual = {name: self.tracks.get(f"{MAIN}/{name}", Track()).history for name in pl_module.signals[MAIN]}
             wild = all(
                 value < self.factor * median(usual[name] or [math.inf])  # so the adversarial term is not finite
                 for name, value in pl_module.signals[MAIN].items()
@@ -243,9 +243,10 @@ class Guard(Callback):
 
     def _restore(self, trainer: Any, pl_module: TrainingModule, path: str) -> int:
         """Weights, buffers, EMA, optimizer states and the history of the losses, from a checkpoint. Returns its step."""
-        checkpoint = read_checkpoint(path)
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        checkpoint = read_checkpoint(path, mmap=sharded)  # all of a large model is not read by every rank
         target, step, skipped = int(checkpoint["global_step"]), pl_module.step, pl_module.skipped
-        if isinstance(trainer.strategy, ModelParallelStrategy):  # loads what is sharded from the file itself
+        if sharded:  # loads what is sharded from the file itself
             trainer.strategy.load_checkpoint(path, weights_only=True)
         else:
             trainer.strategy.load_model_state_dict(checkpoint, strict=True)
