@@ -3,8 +3,8 @@
     python train/cards.py                        all of them
     python train/cards.py --only ibq seed        some, and the table of all that are there
 
-The shipped demo models are measured as they are; the others are trained by their tiny recipes for the steps below, which are
-fewer than the recipes' own. Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
+The shipped demo models are measured as they are; the others are trained by their tiny recipes, some for fewer steps than these
+say (see `CARDS`). Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
 did, and the study of its codes as a language; of each generator a card on the captions of `val`. Finished runs are kept in --out, so
 that an interrupted call goes on. Options: --out, --cards, --only, --learnability, --train-only.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from study import ROOT, tokgen
 
 MODEL = "--model.init_args."
@@ -30,37 +31,26 @@ SIZES = {"pictures": ["--size", 64], "clips": ["--frames", 8, "--size", 64], "mo
 
 @dataclass(frozen=True)
 class Card:
-    """`steps` counts those of all stages; `recipe` None is a shipped model, which `model` names."""
+    """A model and what it learns from; `recipe` None is a shipped model, which `model` names."""
 
     recipe: str | None = None
-    steps: int = 0
-    arguments: tuple[object, ...] = ()
+    steps: int = 0  # 0: the recipe's own
     data: str = "pictures"
     tokenizer: str = ""  # of a generator: the card whose codes it learns
     model: str = ""
     needs: str = ""  # another card that is trained first
 
 
-def stages(**steps: int) -> tuple[str, str]:
-    return f"{MODEL}stages", json.dumps(
-        [{"name": name, "steps": n, "warmup_steps": 50, "final": 0.05} for name, n in steps.items()]
-    )
-
-
-ETT_STAGES = [
-    {"name": "alignment", "steps": 150, "warmup_steps": 30, "final": 0.1, "train": ["projector", "lm"]},
-    {"name": "semantic", "steps": 200, "warmup_steps": 30, "final": 0.02, "tokenizer_lr": 0.5, "alpha": 0.25},
-]
 TOKENIZERS = {
     "vqgan": Card(model="assets/demo/tokenizer"),
-    "ibq": Card("ibq-tiny", 800),
-    "ett": Card("ett-tiny", 350, (f"{MODEL}stages", json.dumps(ETT_STAGES)), needs="ibq"),
-    "emu3": Card("emu3-tiny", 1000),
-    "tokenflow": Card("tokenflow-tiny", 800),
-    "seed": Card("seed-tiny", 500, stages(contrastive=200, codebook=150, pixels=150)),
-    "lavit": Card("lavit-tiny", 600, stages(features=200, codebook=150, pixels=250)),
-    "trajectory": Card("trajectory-tiny", 400, data="clips"),
-    "video-lavit-motion": Card("video-lavit-motion-tiny", 300, data="motion"),
+    "ibq": Card("ibq-tiny"),
+    "ett": Card("ett-tiny", needs="ibq"),
+    "emu3": Card("emu3-tiny"),
+    "tokenflow": Card("tokenflow-tiny"),
+    "seed": Card("seed-tiny"),
+    "lavit": Card("lavit-tiny"),
+    "trajectory": Card("trajectory-tiny", 1600, data="clips"),
+    "video-lavit-motion": Card("video-lavit-motion-tiny", data="motion"),
 }
 GENERATORS = {
     "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
@@ -85,7 +75,7 @@ def prepare(out: Path, kind: str) -> Path:
             script(demo / "motion_clips.py", "--out", folder, "--clips", 200)
         else:
             moving = out / "moving"
-            script(demo / "moving_clips.py", "--out", moving, "--clips", 400, "--val", 60, "--size", 64, "--frames", 16)
+            script(demo / "moving_clips.py", "--out", moving, "--clips", 1000, "--val", 60, "--size", 64, "--frames", 16)
             for split in ("train", "val"):
                 tokgen(
                     "trajectories", moving / split, folder / split, "--source", "voting",
@@ -122,13 +112,15 @@ def model_of(out: Path, name: str) -> Path:
     return out / name / ("generator" if name in GENERATORS else "tokenizer")
 
 
+def recipe_of(card: Card) -> Path:
+    return Path("generators" if card.tokenizer else "tokenizers") / f"{card.recipe}.yaml"
+
+
 def train(out: Path, name: str) -> None:
     card, run = CARDS[name], out / name
     if card.recipe is None or (run / "finished").is_file():
         return
-    arguments: list[object] = list(card.arguments)
-    if f"{MODEL}stages" not in arguments:
-        arguments += [f"{MODEL}schedule.total_steps", card.steps]
+    arguments: list[object] = [f"{MODEL}schedule.total_steps", card.steps] if card.steps else []
     if card.needs:
         train(out, card.needs)
         arguments += [f"{MODEL}init_from", model_of(out, card.needs)]
@@ -139,10 +131,9 @@ def train(out: Path, name: str) -> None:
     else:
         shards = prepare(out, card.data)
     run.mkdir(parents=True, exist_ok=True)
-    folder = "generators" if card.tokenizer else "tokenizers"
     started = time.time()
     tokgen(
-        "fit", "-c", f"{folder}/{card.recipe}.yaml", "-c", "train/cpu.yaml", "--run_dir", run, "--ckpt_path", "auto",
+        "fit", "-c", recipe_of(card), "-c", "train/cpu.yaml", "--run_dir", run, "--ckpt_path", "auto",
         "--data.train", shards / "train", "--data.val", shards / "val", "--trainer.val_check_interval", 200, *arguments,
         log=run / "log.txt",
     )  # fmt: skip
@@ -248,7 +239,12 @@ def overview(cards: Path) -> str:
 
 
 def _steps(card: Card) -> str:
-    return str(card.steps) if card.recipe else "shipped"
+    """Those that it was trained for, in all its stages."""
+    if card.recipe is None:
+        return "shipped"
+    model = yaml.safe_load((ROOT / recipe_of(card)).read_text())["model"]["init_args"]
+    whole = sum(stage["steps"] for stage in model["stages"]) if "stages" in model else model["schedule"]["total_steps"]
+    return f"{card.steps} of {whole}" if card.steps else str(whole)
 
 
 def main() -> None:

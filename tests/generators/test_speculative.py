@@ -182,12 +182,11 @@ def test_compiled_blocks_with_given_ids_are_the_eager_ones(make, captions):
     model = make(window=2, window_head="autoregressive")
     given, keep = all_ids(model, 4), torch.rand(4, 16) < 0.3
     settings = {"given": given, "keep": keep, "speculative": 2, **SETTINGS}
-    for draft in (None, model.int8()):
-        tokens, report = model.sample(captions, compile=True, draft=draft, **settings)
-        assert report.compiled
-        assert torch.equal(tokens.ids, model.generate(captions, **settings).ids)
-    # in bfloat16 two logits are often level, and fused kernels round elsewhere
     int8 = model.int8()
+    tokens, report = model.sample(captions, compile=True, draft=int8, **settings)
+    assert report.compiled
+    assert torch.equal(tokens.ids, model.generate(captions, **settings).ids)
+    # in bfloat16 two logits are often level, and fused kernels round elsewhere
     same = int8.generate(captions, compile=True, **SETTINGS).ids == int8.generate(captions, **SETTINGS).ids
     assert same[:, [0, 1, 4, 5]].all() and same.float().mean() > 0.8
 
