@@ -75,7 +75,9 @@ def prepare(out: Path, kind: str) -> Path:
             script(demo / "motion_clips.py", "--out", folder, "--clips", 200)
         else:
             moving = out / "moving"
-            script(demo / "moving_clips.py", "--out", moving, "--clips", 1000, "--val", 60, "--size", 64, "--frames", 16)
+            script(
+                demo / "moving_clips.py", "--out", moving, "--clips", 1000, "--val", 60, "--size", 64, "--frames", 16
+            )
             for split in ("train", "val"):
                 tokgen(
                     "trajectories", moving / split, folder / split, "--source", "voting",
