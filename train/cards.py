@@ -54,10 +54,10 @@ TOKENIZERS = {
 }
 GENERATORS = {
     "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
-    "llama": Card("llama-tiny", 200, tokenizer="vqgan"),
-    "arra": Card("arra-tiny", 300, tokenizer="vqgan"),
-    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 200, tokenizer="tokenflow"),
-    "trajectory-t2v": Card("trajectory-t2v-tiny", 200, tokenizer="trajectory", data="clips"),
+    "llama": Card("llama-tiny", 1000, tokenizer="vqgan"),
+    "arra": Card("arra-tiny", 1000, tokenizer="vqgan"),
+    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 800, tokenizer="tokenflow"),
+    "trajectory-t2v": Card("trajectory-t2v-tiny", 800, tokenizer="trajectory", data="clips"),
 }
 CARDS = TOKENIZERS | GENERATORS
 

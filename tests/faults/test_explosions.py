@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
@@ -14,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 
+from tests.faults.children import run_ranks
 from tests.training import tiny
 from tokgen.training.autoencoder import AutoencoderLoss
 from tokgen.training.base import Schedule, TrainingDiverged
@@ -325,7 +322,13 @@ def test_a_normal_run_is_left_alone(tmp_path, pictures, recipe):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def on_ranks(kind: str, folder: Path) -> None:
+def both_kinds(rank: int, folder: Path) -> None:
+    for kind in ("ddp", "fsdp"):
+        fit_on_ranks(kind, folder)
+
+
+def fit_on_ranks(kind: str, folder: Path) -> None:
+    torch.manual_seed(0)
     check = AsSaved()
     options = {"devices": 2, "steps": 32}
     if kind == "ddp":
@@ -354,17 +357,8 @@ def test_all_ranks_go_back_together(tmp_path):
     for split, count in (("train", 48), ("val", 10)):
         tiny.write_images(tmp_path / "images" / split, count, 0)
         tiny.write_codes(tmp_path / "codes" / split, count, 0)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=500)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-4000:]
+    codes, output = run_ranks(both_kinds, tmp_path)
+    assert codes == [0, 0], output
     for kind, scales in (("ddp", {1: 0.5}), ("fsdp", {0: 0.5})):
         one, two = (torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert one["ended"] == two["ended"] == "None"
@@ -374,8 +368,3 @@ def test_all_ranks_go_back_together(tmp_path):
         assert all(torch.equal(one["weights"][name], value) for name, value in two["weights"].items())
         assert one["losses"] == two["losses"] and len(one["losses"]) == 32
         assert max(one["losses"][-4:]) < 1.5 * max(one["losses"][:5])
-
-
-if __name__ == "__main__":
-    for kind in ("ddp", "fsdp"):
-        on_ranks(kind, Path(sys.argv[1]))

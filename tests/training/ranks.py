@@ -1,12 +1,10 @@
-"""Run by the tests in two processes (and by one, to compare): `python ranks.py KIND WORLD FOLDER OUT`. Or, without a second
-import of everything, `on_ranks`."""
+"""What the tests run in two processes, and in one to compare: `both`, and `on_ranks` for any work."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -244,6 +242,7 @@ def _rank(rank: int, world: int, port: int, mark: Path, work: Callable[..., None
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     try:
         work(world, folder, *args)
         (mark / f"done-{rank}").touch()
@@ -255,8 +254,8 @@ def _rank(rank: int, world: int, port: int, mark: Path, work: Callable[..., None
         os._exit(0)  # gloo's threads may outlive its group
 
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    kind, world, folder, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+def both(kind: str, folder: Path, out: Path) -> None:
+    """Run a kind of training in one process, and then in two."""
     kinds = {"autoencoder": autoencoder, "generator": generator, "aligned": aligned, "end_to_end": end_to_end}
-    kinds.get(kind, partial(staged, kind))(world, folder, out)
+    for world in (1, 2):
+        on_ranks(kinds.get(kind, partial(staged, kind)), world, folder, out)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_ranks
+import ranks
 import tiny
 import torch
 import torch.nn.functional as F
@@ -584,7 +584,7 @@ def test_ddp_equals_one_process(tmp_path):
     """Two stages, IBQ, discriminator, parameters of other stages unused; a validation set of three pictures."""
     tiny.write_images(tmp_path / "images" / "train", 48, 0)
     tiny.write_images(tmp_path / "images" / "val", 3, 1)
-    test_ranks.run("end_to_end", tmp_path, tmp_path)
+    ranks.both("end_to_end", tmp_path, tmp_path)
     one, two = (torch.load(tmp_path / f"end_to_end{n}.pt", weights_only=True) for n in (1, 2))
     assert len(one["rows"]) == len(two["rows"]) > 4
     for a, b in zip(one["rows"], two["rows"]):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks
 import tiny
 import torch
 
@@ -16,22 +12,11 @@ from tokgen.generators.llama import LlamaGenerator
 from tokgen.precompute import tokenize_shards
 from tokgen.training.checkpoint import read_checkpoint
 
-HERE = Path(__file__).parent
-
-
-def run(kind: str, folder: Path, out: Path) -> None:
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    for world in ("1", "2"):
-        command = [sys.executable, str(HERE / "ranks.py"), kind, world, str(folder), str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
 
 @pytest.mark.slow
 def test_ddp_equals_one_process(tmp_path):
     """Tokenizer, EMA codebook, delayed discriminator, LeCam, adaptive weight, clipping."""
-    run("autoencoder", tmp_path, tmp_path)
+    ranks.both("autoencoder", tmp_path, tmp_path)
     one, two = (torch.load(tmp_path / f"autoencoder{n}.pt", weights_only=True) for n in (1, 2))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
@@ -43,7 +28,7 @@ def test_a_projector_beside_the_generator_trains_alike_on_ranks(tmp_path):
     for split, count in (("train", 48), ("val", 10)):
         source = tiny.write_images(tmp_path / "images" / split, count, count)
         tokenize_shards(visual, source, tmp_path / "codes" / split, encoder=teacher, progress=False)
-    run("aligned", tmp_path / "codes", tmp_path)
+    ranks.both("aligned", tmp_path / "codes", tmp_path)
     one, ddp, fsdp = (read_checkpoint(tmp_path / n / "checkpoints" / "last.ckpt") for n in ("one", "ddp", "fsdp"))
     assert any(name.startswith("projector.") for name in one["state_dict"])
     for other in (ddp, fsdp):
@@ -63,7 +48,7 @@ def test_fsdp_equals_one_process(tmp_path):
     visual.eval().save_pretrained(tmp_path / "visual")
     for split in ("train", "val"):
         tiny.write_codes(tmp_path / "codes" / split, 48 if split == "train" else 10, 0, visual.fingerprint)
-    run("generator", tmp_path / "codes", tmp_path)
+    ranks.both("generator", tmp_path / "codes", tmp_path)
     one, two = (read_checkpoint(tmp_path / f"generator{n}" / "checkpoints" / "last.ckpt") for n in (1, 2))
     assert one["global_step"] == two["global_step"] == 6
     for name, value in one["state_dict"].items():

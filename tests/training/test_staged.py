@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-import test_ranks
+import ranks
 import tiny
 import torch
 
@@ -399,7 +399,7 @@ def test_ddp_equals_one_process(tmp_path, eye, name):
     tiny.write_images(tmp_path / "images" / "train", 48, 0)
     tiny.write_images(tmp_path / "images" / "val", 3 if name == "lavit" else 1, 1)
     (tmp_path / "eye").symlink_to(eye)
-    test_ranks.run(name, tmp_path, tmp_path)
+    ranks.both(name, tmp_path, tmp_path)
     one, two = (torch.load(tmp_path / f"{name}{n}.pt", weights_only=True) for n in (1, 2))
     assert len(one["rows"]) == len(two["rows"]) > 4
     for a, b in zip(one["rows"], two["rows"]):
