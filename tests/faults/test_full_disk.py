@@ -26,6 +26,7 @@ from tokgen.cli import main
 from tokgen.errors import CheckpointError
 from tokgen.training.callbacks import ImageGrid, SignalCheckpoint
 from tokgen.training.checkpoint import Checkpoint, read_checkpoint
+from tokgen.training.ema import EMA
 from tokgen.training.lightning_cli import JsonLinesLogger, TensorBoard
 from tokgen.training.sharding import FullyShardedStrategy
 
@@ -131,6 +132,27 @@ def test_what_cannot_be_published_leaves_the_older_folder_whole(tmp_path, images
     assert len(set(published)) == 1 and tokgen.load(tmp_path / "tokenizer").fingerprint == published[0]
     assert len(errors()) == 2 and all("best.ckpt was not written" in line for line in errors())
     assert "\n" not in str(caught.value)
+
+
+def test_what_could_not_be_published_at_the_end_is_when_the_run_is_resumed(tmp_path):
+    """There is no step left to do; what is published are the averages of the checkpoint."""
+
+    def fit(run: Path, *callbacks, seed: int = 0) -> None:
+        last = run / "checkpoints" / "last.ckpt"
+        trainer = tiny.trainer(run, *callbacks, EMA(0.5), Checkpoint(every_n_steps=2), max_steps=5)
+        module = tiny.autoencoder(disc_weight=0.0, seed=seed)
+        trainer.fit(module, tiny.pixels(), ckpt_path=last if last.is_file() else None)
+
+    fit(tmp_path / "a")
+    run, lost = tmp_path / "b", r"tokenizer was not written: .* is in the way"
+    with pytest.raises(CheckpointError, match=lost):
+        fit(run, Full(5, name="nothing", folder="tokenizer"))
+    assert saved(run) == {"last.ckpt": 5, "previous.ckpt": 4} and not (run / "tokenizer").exists()
+    with pytest.raises(CheckpointError, match=lost):  # it is still in the way
+        fit(run, seed=7)
+    (run / f"tokenizer.tmp-{os.getpid()}").unlink()
+    fit(run, seed=7)
+    assert tokgen.load(run / "tokenizer").fingerprint == tokgen.load(tmp_path / "a" / "tokenizer").fingerprint
 
 
 def test_an_exception_is_raised_itself_and_the_save_that_failed_is_said(tmp_path, errors):

@@ -252,10 +252,11 @@ class Checkpoint(LightningCheckpoint):
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
+        return {"best_score": self.best_score, "best_model_path": self.best_model_path, "stale": self._stale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_score, self.best_model_path = state["best_score"], state["best_model_path"]
+        self._stale = state.get("stale", "")
 
     def on_load_checkpoint(self, trainer: Any, pl_module: TrainingModule, checkpoint: dict[str, Any]) -> None:
         _point_at_next_batch(checkpoint["loops"]["fit_loop"])
@@ -267,6 +268,7 @@ class Checkpoint(LightningCheckpoint):
         self.folder = Path(trainer.strategy.broadcast(str(folder)))
         if self.monitor is None:
             self.monitor, self.mode = pl_module.monitor
+        self._stale = ""  # unless a checkpoint, which is read later, says otherwise
         if stage == "fit" and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             run = Path(trainer.default_root_dir)  # perhaps of a run that was killed while it wrote
@@ -278,7 +280,7 @@ class Checkpoint(LightningCheckpoint):
 
     def on_train_start(self, trainer: Any, pl_module: TrainingModule) -> None:
         self._time, self.saved_step = time.monotonic(), pl_module.step
-        self._tried, self._stale = pl_module.step, ""
+        self._tried = pl_module.step
 
     def on_train_batch_end(self, trainer: Any, pl_module: TrainingModule, *args: Any) -> None:
         if not pl_module.between_steps or pl_module.step == self._tried or over(trainer):
@@ -343,6 +345,8 @@ class Checkpoint(LightningCheckpoint):
         names, new = (*pl_module.export_beside, pl_module.export_name), f".tmp-{os.getpid()}"
         error = None
         try:
+            if averages is not None:
+                averages.attach(pl_module)  # a resumed run without a step to do has not
             with averages.applied(pl_module) if averages is not None else contextlib.nullcontext():
                 pl_module.export(folder.with_name(folder.name + new), trainer.is_global_zero)
             if trainer.is_global_zero:
@@ -375,9 +379,7 @@ class Checkpoint(LightningCheckpoint):
         return True
 
     def on_train_end(self, trainer: Any, pl_module: TrainingModule) -> None:
-        due = []
-        if self.export == "last" or (self.export == "best" and self.best_score is None):
-            due.append(self.publish)
+        due = [self.publish] if self._publishes_last else []
         if pl_module.step != self.saved_step and pl_module.between_steps:
             due.append(self.save)  # last of all: a run that is resumed from it has nothing left to do
         problems = []
@@ -390,6 +392,17 @@ class Checkpoint(LightningCheckpoint):
             problems.append(self._stale)
         if problems:
             raise CheckpointError("; ".join(problems))
+
+    def on_fit_end(self, trainer: Any, pl_module: TrainingModule) -> None:
+        """Publish what a run could not at its end: resumed from there it has no step to do."""
+        if self._stale and self._publishes_last:
+            self.publish(trainer, pl_module)
+        elif self._stale:
+            raise CheckpointError(self._stale)
+
+    @property
+    def _publishes_last(self) -> bool:
+        return self.export == "last" or (self.export == "best" and self.best_score is None)
 
     def on_exception(self, trainer: Any, pl_module: TrainingModule, exception: BaseException) -> None:
         alone = trainer.world_size == 1  # other ranks may hang, and saving is collective
