@@ -57,7 +57,8 @@ def test_dice_and_focal_are_their_formulas():
                 q = p[b, :, k][known[b]]
                 dice.append(1 - (2 * q[t[known[b]]].sum() + 1e-6) / (q.sum() + t.sum() + 1e-6))
         rows.append(torch.stack(dice).mean())
-        logs += [-((1 - x) ** 2) * x.log() for x in (p[b, n, wanted[b, n]] for n in known[b].nonzero()[:, 0])]
+        right = p[b].gather(1, wanted[b][:, None])[:, 0][known[b]]
+        logs.append((-((1 - right) ** 2) * right.log()).mean())
     torch.testing.assert_close(dice_loss(p, wanted, known), torch.stack(rows).mean())
     torch.testing.assert_close(focal_loss(logits.log_softmax(-1), wanted, known), torch.stack(logs).mean())
 
@@ -75,8 +76,11 @@ def test_the_loss_does_not_care_which_number_a_segment_has_nor_what_is_unknown()
     other[:, :7] = torch.randn(2, 7, 8, generator=generator)  # what is said where nothing is known
     torch.testing.assert_close(segmentation_loss(other, renamed)["loss"], loss["loss"])
     torch.testing.assert_close(loss["loss"], 2 * loss["dice"] + loss["focal"])
-    one = [segmentation_loss(logits[i : i + 1], targets[i : i + 1])["dice"] for i in range(2)]
-    torch.testing.assert_close(loss["dice"], torch.stack(one).mean())  # samples do not mix
+    logits[1, :30], targets[1, :30] = 0.0, -1  # of one sample more is known than of the other
+    loss, parts = segmentation_loss(logits, targets), [(logits[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    for name in ("dice", "focal"):  # samples do not mix, so that a batch may be cut into parts
+        one = [segmentation_loss(*part)[name] for part in parts]
+        torch.testing.assert_close(loss[name], torch.stack(one).mean())
 
 
 def test_a_perfect_answer_costs_nothing_and_gradients_lead_there():

@@ -109,11 +109,12 @@ def dice_loss(p: Tensor, wanted: Tensor, known: Tensor, eps: float = 1e-6) -> Te
 
 
 def focal_loss(log_p: Tensor, wanted: Tensor, known: Tensor, gamma: float = 2.0) -> Tensor:
-    """-(1 - p)^gamma log p of the wanted segment, the mean over known places (Lin et al. 2017, arXiv 1708.02002).
+    """-(1 - p)^gamma log p of the wanted segment, the mean over each sample's known places, then over samples (Lin et al. 2017,
+    arXiv 1708.02002), so that a batch may be cut into parts, for ranks or accumulation.
 
     Args:
         log_p: (B, N, K). wanted, known: as in `dice_loss`.
     """
     log_p = log_p.gather(2, wanted[..., None])[..., 0]
     each = -((1 - log_p.exp()).clamp(min=0) ** gamma) * log_p * known
-    return each.sum() / known.sum().clamp(min=1)
+    return (each.sum(1) / known.sum(1).clamp(min=1)).mean()
