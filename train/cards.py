@@ -149,9 +149,9 @@ def measure(out: Path, cards: Path, name: str, learnability: str) -> None:
     card, target = CARDS[name], cards / name
     shards, options = prepare(out, card.data), SIZES[card.data]
     extractor = ["--extractor", "mobilenet" if card.data == "pictures" else "none"]
+    text = ["--text_encoder", TEACHER] if card.data == "pictures" else []
     model = model_of(out, name)
     if name in GENERATORS:
-        text = ["--text_encoder", TEACHER] if card.data == "pictures" else []
         where = ["--tokenizer", model_of(out, card.tokenizer)]
         once(
             target,
@@ -160,7 +160,7 @@ def measure(out: Path, cards: Path, name: str, learnability: str) -> None:
         return
     probe, some = (["--probe", "group"], ["--samples", 1000]) if card.data == "pictures" else ([], [])
     common = ["evaluate", "tokenizer", model, *options, *extractor]
-    once(target / "unseen", *common, "--data", shards / "val", "--learnability", "none")
+    once(target / "unseen", *common, "--data", shards / "val", "--learnability", "none", *text)
     once(target / "seen", *common, "--data", shards / "train", *some, "--learnability", learnability, *probe)
     if not (target / "language/report.json").is_file():
         tokgen("analyze", codes(out, name) / "train", "--out", target / "language")
@@ -179,11 +179,12 @@ HEAD = """# Report cards
 Written by `python train/cards.py`, on the demo data ([what it is](../../assets/demo/README.md)). Every figure stands in its card with the protocol that it was
 measured by; `tokgen compare docs/cards/ibq/seen docs/cards/seed/seen` puts cards side by side.
 
-**This is no ranking.** `vqgan` and `token-shuffle` are the shipped demo models, trained by their recipes; the others had the steps that the table says, a fraction of
-their tiny recipes', one run each. What the methods do when trained alike, with seeds, is in [studies](../studies.md).
+**This is no ranking.** `vqgan` and `token-shuffle` are the shipped demo models; the others were trained by their tiny recipes, which differ in size and data, some for fewer steps
+(the table says), one run each. What the methods do when trained alike, with seeds, is in [studies](../studies.md).
 
-All figures are of `val` (205 pictures or 60 clips that training never showed), but for the probe, which is of 1,000 that it did; of several codebooks the mean. Frechet distances are in the features of MobileNetV2. A dash is
-what was not measured; how learnable the codes are comes with `--learnability short`.
+All figures are of `val` (205 pictures or 60 clips that training never showed), but for the probe and learnability, which are of 1,000 that it did; of several codebooks the mean. Frechet distances are in the features of
+MobileNetV2. *Own caption is nearest*: the demo teacher looks for the captions of reconstructions, or drawings, among all of `val`; below the table, those of the pictures themselves. A dash is
+what was not measured.
 """
 
 
@@ -204,6 +205,7 @@ def overview(cards: Path) -> str:
         ("PSNR, dB", "unseen", "pixels", "psnr", ".2f"),
         ("SSIM", "unseen", "pixels", "ssim", ".3f"),
         ("Frechet distance", "unseen", "distribution", "frechet", ".1f"),
+        ("own caption is nearest", "unseen", "text", "image_to_text", ".1%"),
         ("tokens", "unseen", "codes", "tokens", ".1f"),
         ("bits", "unseen", "codes", "bits", ".0f"),
         ("codes in use", "unseen", "codes", "usage", ".1%"),
@@ -221,6 +223,12 @@ def overview(cards: Path) -> str:
         found = [what for what in ("unseen", "seen", "language") if (cards / name / what / "report.md").is_file()]
         links = [f"[{what}]({name}/{what}/report.md)" for what in found]
         lines.append("| " + " | ".join([name, _steps(card), *row, ", ".join(links)]) + " |")
+    truth = read(cards / "vqgan/unseen")
+    lines += (
+        ["", f"Of the pictures themselves: {figure(truth, 'text', 'image_to_text_of_references', '.1%')}."]
+        if truth
+        else []
+    )
     columns = (
         ("Frechet distance", "", "distribution", "frechet", ".1f"),
         ("text score", "", "text", "text_score", ".1f"),

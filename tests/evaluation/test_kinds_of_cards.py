@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from tokgen.cli import main
 from tokgen.data.shards import ShardWriter
 from tokgen.evaluation.likelihood import Likelihood
 from tokgen.evaluation.report import Report
+from tokgen.evaluation.samples import EvaluationSet
 from tokgen.generators.llama import LlamaConfig, LlamaGenerator
 from tokgen.generators.pipeline import TextToImagePipeline
 from tokgen.generators.tokenflow import TokenFlowGenerator, TokenFlowGeneratorConfig
 from tokgen.tokenizers.base import TOKENIZERS
+from tokgen.tokenizers.seed import SEED
 from tokgen.trajectories.picture import write_video
 
 SIDE = 32
@@ -102,6 +105,30 @@ def test_the_errors_of_motion_are_those_of_the_maps(shards, tmp_path):
     assert card.figures["motion"]["motion_error_of_zero"] == pytest.approx(float(truth.square().mean()), rel=1e-6)
     assert "bits_per_pixel" not in card.figures["codes"] and card.protocols["motion"].filter == "none"
     assert (tmp_path / "card" / "pictures.png").is_file()
+
+
+def test_codes_that_are_compared_with_captions(tmp_path, text):
+    """Pictures of one colour each; a tokenizer that reads captions. Those without one are left out."""
+    with ShardWriter(tmp_path / "images") as writer:
+        for i in range(12):
+            picture, file = Image.new("RGB", (SIDE, SIDE), (20 * i, 255 - 20 * i, 60)), io.BytesIO()
+            picture.save(file, "PNG")
+            caption = {} if i == 5 else {"txt": ["red heart", "blue fish, flat style", "cat"][i % 3]}
+            writer.write(f"k{i}", {"png": file.getvalue(), **caption})
+    torch.manual_seed(0)
+    model = SEED(replace(SEED.example_configs()["text"], text_vocab=text.vocab_size), text).eval()
+    model.save_pretrained(tmp_path / "model")
+    words = ["tokenizer", tmp_path / "model", "--data", tmp_path / "images", "--out", tmp_path / "card"]
+    assert evaluate(*words, "--learnability", "none") == 0
+    card = Report.load(tmp_path / "card")
+    side = model.image_size[0]
+    (batch,) = EvaluationSet(tmp_path / "images", image_size=side, batch_size=12).batches()
+    kept = [i for i, caption in enumerate(batch["caption"]) if caption]
+    captions = [batch["caption"][i] for i in kept]
+    cosines = model.code_embedding(model.encode(batch["pixels"]))[kept] @ model.encode_text(captions).T
+    own = [captions[j] == captions[i] for i, j in enumerate(cosines.argmax(1))]
+    assert card.figures["retrieval"]["image_to_text"] == pytest.approx(sum(own) / 11)
+    assert card.protocols["retrieval"].details == {"nearest among": 11}
 
 
 def test_data_of_another_kind_is_one_line(shards, tmp_path, capsys):

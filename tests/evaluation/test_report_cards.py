@@ -99,6 +99,28 @@ def test_a_tokenizer_card_holds_what_can_be_computed_by_hand(folder, card):
     assert Image.open(folder / "card" / "pictures.png").size == (8 * 18 + 2, 6 * 18 + 2)
 
 
+def test_how_well_reconstructions_agree_with_their_captions(folder):
+    words = ["evaluate", "tokenizer", folder / "tokenizer", "--data", folder / "shards", "--learnability", "none"]
+    words += ["--extractor", "none", "--device", "cpu", "--batch_size", 7, "--out", folder / "agreement"]
+    assert run(*words, "--text_encoder", folder / "encoder") == 0
+    card, model = Report.load(folder / "agreement"), tokenizer()
+    reads = ContrastiveEncoder.from_pretrained(folder / "encoder")
+    (batch,) = EvaluationSet(folder / "shards", resize="none", batch_size=24).batches()
+    texts, found = reads.encode_text(batch["caption"]), card.figures["text"]
+    for ending, pictures in (
+        ("", to_uint8(model.decode(model.encode(batch["pixels"])))),
+        ("_of_references", batch["pixels"]),
+    ):
+        cosines = torch.nn.functional.cosine_similarity(reads.embed(pictures)[:, None], texts[None], dim=2)
+        assert found[f"text_score{ending}"] == pytest.approx(
+            float(100 * cosines.diagonal().clamp(min=0).mean()), rel=1e-4
+        )
+        own = [batch["caption"][j] == batch["caption"][i] for i, j in enumerate(cosines.argmax(1))]
+        assert found[f"image_to_text{ending}"] == pytest.approx(sum(own) / 24)
+    assert card.protocols["text"].extractor_hash and "retrieval" not in card.figures
+    assert "own caption is nearest, of the references" in (folder / "agreement" / "report.md").read_text()
+
+
 def test_a_generator_card(folder, capsys):
     words = ["evaluate", "generator", folder / "generator", "--data", folder / "shards", "--device", "cpu"]
     words += ["--samples", 12, "--extractor", folder / "encoder", "--text_encoder", folder / "encoder"]
@@ -148,7 +170,8 @@ def test_clips(tmp_path):
 def _evaluate(rank: int, folder: str) -> None:
     extractor = EncoderExtractor(encoder())
     data = EvaluationSet(f"{folder}/shards", 23, resize="none", batch_size=3)
-    report, _ = evaluate_tokenizer(tokenizer(), data, extractor=extractor, learnability="none")
+    reads = ContrastiveEncoder.from_pretrained(f"{folder}/encoder")
+    report, _ = evaluate_tokenizer(tokenizer(), data, extractor=extractor, text_encoder=reads, learnability="none")
     Path(folder, f"{rank}.json").write_text(json.dumps(report.figures))
 
 
@@ -157,11 +180,13 @@ def test_two_ranks_report_what_one_does(folder):
     run_on_ranks(_evaluate, folder)
     extractor = EncoderExtractor(encoder())
     data = EvaluationSet(folder / "shards", 23, resize="none", batch_size=3)
-    whole, _ = evaluate_tokenizer(tokenizer(), data, extractor=extractor, learnability="none")
+    reads = ContrastiveEncoder.from_pretrained(folder / "encoder")
+    whole, _ = evaluate_tokenizer(tokenizer(), data, extractor=extractor, text_encoder=reads, learnability="none")
     assert whole.protocols["pixels"].samples == 23
     found = json.loads((folder / "0.json").read_text())
-    for group in ("pixels", "codes", "distribution", "perceptual"):
-        for name, value in whole.figures.get(group, {}).items():
+    assert {"pixels", "codes", "distribution", "text"} <= whole.figures.keys()
+    for group in whole.figures.keys() - {"speed"}:
+        for name, value in whole.figures[group].items():
             assert found[group][name] == pytest.approx(value, rel=1e-6), name
     assert json.loads((folder / "1.json").read_text()) == {}
 

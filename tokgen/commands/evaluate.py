@@ -16,7 +16,7 @@ PICTURE = "pictures.png"
 ONLY = {  # options that say something of one kind alone
     "tokenizer": ("learnability", "probe", "keep"),
     "generator": (
-        "text_encoder", "prompts", "layout", "images_per_prompt", "guidance_scale", "guidance_schedule", "temperature",
+        "prompts", "layout", "images_per_prompt", "guidance_scale", "guidance_schedule", "temperature",
         "top_k", "top_p", "min_p", "precision", "tokenizer",
     ),
 }  # fmt: skip
@@ -76,7 +76,7 @@ def evaluate(
         frames: of clips; as many as the tokenizer takes, or the generator draws, without it.
         fps: frames a second that videos are seen at; every frame of the file without it.
         frame_stride: from one frame of a clip to the next.
-        text_encoder: folder of an encoder of pictures and captions, which scores what is drawn by its caption.
+        text_encoder: folder of an encoder of pictures and captions: how well what is drawn, or decoded, agrees with its caption.
         prompts: a .jsonl of GenEval, a .json of GenAI-Bench or a .txt; what they ask for is drawn into --out and not measured.
         layout: of those pictures: "geneval" (without it) or "genai".
         images_per_prompt: of GenEval; 4 without it.
@@ -140,6 +140,7 @@ def _tokenizer(given: dict[str, Any], device: str) -> Any:
         tokenizer,
         _set(given, size, _timing(given, kind, tokenizer, getattr(tokenizer.config, "frames", None))),
         extractor=_extractor(given, device),
+        text_encoder=_text_encoder(given, device),
         learnability=given.get("learnability", "standard"),
         options=options,
         model=model,
@@ -166,7 +167,6 @@ def _timing(given: dict[str, Any], kind: str, tokenizer: Any, frames: int | None
 
 def _generator(given: dict[str, Any], device: str) -> Any:
     from tokgen.data.shards import Manifest
-    from tokgen.encoders.base import load_encoder
     from tokgen.evaluation.card import evaluate_generator
 
     pipeline = _pipeline(given, device)
@@ -174,18 +174,11 @@ def _generator(given: dict[str, Any], device: str) -> Any:
     if kind != ("images" if frames is None else "videos"):
         drawn = "pictures" if frames is None else "clips"
         raise InputError(f"{given['model']} draws {drawn}, and {given['data']} holds {kind}; give it shards of {drawn}")
-    text_encoder = None
-    if "text_encoder" in given:
-        text_encoder = load_encoder(given["text_encoder"]).to(device)
-        if not hasattr(text_encoder, "encode_text"):
-            raise InputError(
-                f"{given['text_encoder']} ({text_encoder.name}) reads no captions; give a contrastive encoder"
-            )
     return evaluate_generator(
         pipeline,
         _set(given, given.get("size") or side, _timing(given, kind, pipeline.tokenizer, frames)),
         extractor=_extractor(given, device),
-        text_encoder=text_encoder,
+        text_encoder=_text_encoder(given, device),
         seed=given["seed"],
         sampling=_sampling(given),
         model=given["model"],
@@ -267,6 +260,17 @@ def _extractor(given: dict[str, Any], device: str) -> Any:
 
     extractor = load_extractor(given["extractor"])
     return None if extractor is None else extractor.to(device)
+
+
+def _text_encoder(given: dict[str, Any], device: str) -> Any:
+    from tokgen.encoders.base import load_encoder
+
+    if "text_encoder" not in given:
+        return None
+    encoder = load_encoder(given["text_encoder"]).to(device)
+    if not hasattr(encoder, "encode_text"):
+        raise InputError(f"{given['text_encoder']} ({encoder.name}) reads no captions; give a contrastive encoder")
+    return encoder
 
 
 def _write(report: Any, picture: Any, given: dict[str, Any]) -> None:

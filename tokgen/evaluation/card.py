@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
+from tokgen.evaluation.agreement import CodeAgreement, TextAgreement
 from tokgen.evaluation.extractors import Extractor
 from tokgen.evaluation.learnability import bits_of_codes, budget_of, details_of, rows_of
 from tokgen.evaluation.likelihood import Likelihood
 from tokgen.evaluation.metrics import (
+    NEIGHBOURS,
     SSIM_SIDE,
     CodeHistogram,
     FeatureStatistics,
@@ -25,15 +25,17 @@ from tokgen.evaluation.metrics import (
     Means,
     Rows,
     below,
+    few,
+    number_of,
     pixel_errors,
     precision_recall,
+    those,
     within,
 )
 from tokgen.evaluation.probe import Probe
 from tokgen.evaluation.probe import details_of as details_of_probe
 from tokgen.evaluation.progress import Facts, Pictures, Progress, Sums
 from tokgen.evaluation.report import Report
-from tokgen.evaluation.retrieval import matching_rates
 from tokgen.evaluation.samples import EvaluationSet
 from tokgen.generators.pipeline import TextToImagePipeline
 from tokgen.images import image_grid, to_uint8
@@ -41,8 +43,7 @@ from tokgen.pretrained import fingerprint
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Layout
 
-VERSION = 1  # of what partial files hold; it grows when a change of code changes their sums
-NEIGHBOURS = 10_000  # about so many pictures are kept for precision, recall and retrieval
+VERSION = 2  # of what partial files hold; it grows when a change of code changes their sums
 SHOWN = 24  # pictures on the page
 
 
@@ -54,6 +55,7 @@ def evaluate_tokenizer(
     data: EvaluationSet,
     *,
     extractor: Extractor | None = None,
+    text_encoder: Any = None,
     learnability: str = "standard",
     options: dict[str, Any] | None = None,
     model: str = "",
@@ -63,11 +65,14 @@ def evaluate_tokenizer(
     """Encode and decode every sample.
 
     Where there is a default process group, its ranks share the samples; figures are those of one process up to rounding, and
-    only rank 0 has them. Only there is learnability measured. Where `data` has a label, a probe for it is.
+    only rank 0 has them. Only there is learnability measured. Where `data` has a label, a probe for it is; where the tokenizer
+    reads captions itself (`reads_captions`), its codes are matched with those of the data.
 
     Args:
         data: pictures, clips or motion maps of sizes that the tokenizer takes.
         extractor: what the Frechet distance between pictures and reconstructions is taken in; None takes none. Clips have none.
+        text_encoder: an encoder with `embed` and `encode_text`: how well reconstructions, and the pictures themselves, agree with
+            their captions; None measures no such thing. Of pictures only.
         learnability: a name in `BUDGETS`, or "none".
         options: given to `encode`, and part of the report.
         model: what the report calls the tokenizer.
@@ -79,21 +84,26 @@ def evaluate_tokenizer(
         than 0 an empty report and None.
 
     Raises:
-        InputError: data of another kind than the tokenizer takes.
+        InputError: data of another kind than the tokenizer takes, captions that are missing, a text encoder for clips.
     """
+    if text_encoder is not None and (data.frames or tokenizer.modality == "motion"):
+        raise InputError("a text encoder reads pictures, and this tokenizer is given clips or motion; leave it out")
     if learnability != "none":
         budget_of(learnability)
     tokenizer, options = tokenizer.eval(), dict(options or {})
     moves = tokenizer.modality == "motion"
     distance, no_distance = (None, "") if moves else _perceptual(tokenizer.device)
+    texts = None if text_encoder is None else TextAgreement(text_encoder, data.wanted)
+    reads = getattr(tokenizer, "reads_captions", False)
     sums = Sums(
         means=Means(), codes=CodeHistogram(tokenizer.codebook_sizes), ids=Rows(), probe=Probe(), made=_FeatureSet(),
         truth=_FeatureSet(), watch=_Watch(tokenizer.device), facts=Facts(), shown=Pictures(),
+        **({"texts": texts} if texts else {}), **({"retrieval": CodeAgreement(tokenizer, data.wanted)} if reads else {}),
     )  # fmt: skip
     identity = {
         "version": VERSION, "task": "tokenizer", "model": tokenizer.fingerprint, "options": options, "data": _identity(data),
         "extractor": extractor and extractor.weights, "distance": distance and distance.weights,
-        "learnability": learnability != "none",
+        "text encoder": texts and texts.weights, "learnability": learnability != "none",
     }  # fmt: skip
     progress = Progress(data, sums, identity, Path(partial) if partial else None, save_every)
     means, watch, facts, columns = sums.means, sums.watch, sums.facts, min(8, data.frames or 8)
@@ -114,6 +124,8 @@ def evaluate_tokenizer(
             sums.ids.add(batch["key"], ids=rows_of(tokens))
         if data.label is not None:
             sums.probe.update(batch, tokens, tokenizer)
+        if reads:
+            sums.retrieval.update(batch["key"], tokens, batch["caption"])
         if facts["no pixels"]:
             continue
         try:
@@ -135,6 +147,9 @@ def evaluate_tokenizer(
         if extractor is not None and not clips:
             sums.made.update(batch["key"], extractor(made))
             sums.truth.update(batch["key"], extractor(pixels))
+        if texts is not None:
+            _need_captions(data, batch, "compare with")
+            texts.update(batch["key"], made, pixels, batch["caption"])
         if first:  # of clips a row of frames each
             rows = [x[: -(-SHOWN // columns), :columns].flatten(0, 1) if clips else x[:SHOWN] for x in (pixels, made)]
             sums.shown.add(batch["number"], *rows)
@@ -189,6 +204,11 @@ def _tokenizer_groups(
         notes += _on_distances(extractor, n, sums.made.width)
     elif found:
         notes.append("No Frechet distance: there is no extractor.")
+    if "texts" in sums.measures:
+        _add_agreement(report, sums.texts, protocol, n)
+    if "retrieval" in sums.measures:
+        figures, among = sums.retrieval.result()
+        report.add(protocol("retrieval", details={"nearest among": among}), figures)
     about_codes = {"codebooks": len(tokenizer.codebook_sizes), **timing}
     figures = means.result(("tokens", "bits", "bits_per_pixel"))
     report.add(protocol("codes", details=about_codes), {**figures, **sums.codes.result()})
@@ -269,7 +289,7 @@ def evaluate_generator(
     if clips and text_encoder is not None:
         raise InputError("a text encoder scores pictures, and this generator draws clips; leave it out")
     extractor = None if clips else extractor
-    texts = None if text_encoder is None else _Texts(text_encoder)
+    texts = None if text_encoder is None else TextAgreement(text_encoder, data.wanted)
     likelihood = Likelihood(pipeline)
     sums = Sums(
         means=Means(), made=_FeatureSet(), truth=_FeatureSet(), facts=Facts(), shown=Pictures(), likelihood=likelihood,
@@ -285,8 +305,7 @@ def evaluate_generator(
     facts = sums.facts
     for batch in progress.batches():
         prompts, keys = batch["caption"], batch["key"]
-        if not all(prompts):
-            raise InputError(f"sample {keys[prompts.index('')]} of {data.folder} has no caption to draw from")
+        _need_captions(data, batch, "draw from")
         started = time.perf_counter()
         result = pipeline(prompts, generator=[seed_of(seed, key) for key in keys], output_type="pt", **sampling)
         made = to_uint8(result.images).cpu()
@@ -303,12 +322,12 @@ def evaluate_generator(
         })  # fmt: skip
         sums.drawn.update(result.tokens.cpu())
         likelihood.update(batch)
-        keep = _few(keys, data.wanted)
+        keep = few(keys, data.wanted)
         if extractor is not None:
             sums.made.update(keys, extractor(made), keep)
             sums.truth.update(keys, extractor(batch["pixels"]), keep)
         if texts is not None:
-            texts.update(keys, made, batch["pixels"], prompts, keep)
+            texts.update(keys, made, batch["pixels"], prompts)
         if batch["number"] * data.batch_size < SHOWN:
             sums.shown.add(batch["number"], made)
             facts.add("captions", [batch["number"], prompts])
@@ -358,16 +377,7 @@ def _generator_groups(
     elif timing:
         notes.append(NO_FVD)
     if "texts" in sums.measures:
-        texts = sums.texts
-        about = {
-            "extractor": texts.name,
-            "extractor_hash": texts.weights,
-            "details": {"nearest among about": min(n, NEIGHBOURS)},
-        }
-        report.add(protocol("text", **about, **seeds), texts.result())
-        notes.append(
-            f"The text score is 100 max(cos, 0) by {texts.name}: only with OpenAI's CLIP would it be the usual CLIP score."
-        )
+        _add_agreement(report, sums.texts, protocol, n, **seeds)
     codes = {"codebooks": len(pipeline.generator.codebook_sizes), **timing}
     report.add(protocol("likelihood", details=codes), sums.likelihood.result())
     notes += sums.likelihood.notes()
@@ -383,61 +393,30 @@ def _generator_groups(
 
 def seed_of(seed: int, key: str) -> int:
     """The seed of sample KEY's picture, below 2^31."""
-    return _number(f"{seed}:{key}") >> 32
-
-
-class _Texts:
-    """How well pictures agree with their captions, in the space of an encoder of both."""
-
-    def __init__(self, encoder: Any) -> None:
-        self.encoder, self.name, self.weights = encoder, encoder.name, fingerprint(encoder, "weights")
-        self.sums = Sums(means=Means(), kept=Rows())
-
-    def state(self) -> dict[str, Tensor]:
-        return self.sums.state()
-
-    def merge(self, state: Mapping[str, Tensor]) -> None:
-        self.sums.merge(state)
-
-    @torch.no_grad()
-    def update(self, keys: Sequence[str], made: Tensor, truth: Tensor, captions: Sequence[str], keep: Tensor) -> None:
-        device = next(self.encoder.parameters()).device
-        pictures = [self.encoder.embed(x.to(device)) for x in (made, truth)]
-        drawn, true, texts = (
-            F.normalize(x.double().cpu(), dim=1) for x in (*pictures, self.encoder.encode_text(captions))
-        )
-        scores = [100 * (x * texts).sum(1).clamp(min=0) for x in (drawn, true)]
-        self.sums.means.add({"text_score": scores[0], "text_score_of_references": scores[1]})
-        # captions that are equal word for word are one
-        numbers = torch.tensor([_number(c) for c in captions], dtype=torch.int64)
-        self.sums.kept.add(_those(keys, keep), drawn=drawn[keep], texts=texts[keep], numbers=numbers[keep])
-
-    def result(self) -> dict[str, float]:
-        scores = self.sums.means.result(("text_score", "text_score_of_references"))
-        kept = self.sums.kept.result()
-        rates = matching_rates(kept["drawn"], kept["texts"], kept["numbers"])
-        return scores | {name: float(rate) for name, rate in rates.items() if name != "pairs"}
-
-
-def _number(text: str) -> int:
-    """A number below 2^63 that stands for a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def _few(keys: Sequence[str], total: int) -> Tensor:
-    """Which of the samples are among the about `NEIGHBOURS` of all, bool (B,): by their keys, and so the same on any ranks."""
-    share = NEIGHBOURS / max(total, NEIGHBOURS)
-    return torch.tensor([_number(key) < share * 2**63 for key in keys], dtype=torch.bool)
-
-
-def _those(keys: Sequence[str], keep: Tensor) -> list[str]:
-    return [key for key, kept in zip(keys, keep.tolist()) if kept]
+    return number_of(f"{seed}:{key}") >> 32
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------------
 
 
 NO_FVD = "No FVD: no video network's weights are at hand, and frame-wise distances would not be one."
+
+
+def _need_captions(data: EvaluationSet, batch: dict[str, Any], purpose: str) -> None:
+    if not all(batch["caption"]):
+        raise InputError(
+            f"sample {batch['key'][batch['caption'].index('')]} of {data.folder} has no caption to {purpose}"
+        )
+
+
+def _add_agreement(report: Report, texts: TextAgreement, protocol: Callable[..., Any], n: int, **more: Any) -> None:
+    about = {"extractor": texts.name, "extractor_hash": texts.weights}
+    about["details"] = {"nearest among about": min(n, NEIGHBOURS)}
+    report.add(protocol("text", **about, **more), texts.result())
+    if "text" in report.figures:
+        report.notes.append(
+            f"The text score is 100 max(cos, 0) by {texts.name}: only with OpenAI's CLIP would it be the usual CLIP score."
+        )
 
 
 def _identity(data: EvaluationSet) -> dict[str, Any]:
@@ -465,7 +444,7 @@ class _FeatureSet:
         if self.score is not None:
             self.score.update(features["logits"])
         if keep is not None:
-            self.kept.add(_those(keys, keep), pool=features["pool"].float().cpu()[keep])
+            self.kept.add(those(keys, keep), pool=features["pool"].float().cpu()[keep])
 
     def _open(self, widths: Mapping[str, int]) -> None:
         self.pool = self.pool or FeatureStatistics(widths["pool"])

@@ -18,6 +18,7 @@ from tokgen.quantizers.base import usage_stats
 from tokgen.tokens import Tokens
 
 SSIM_SIDE = 11  # of the Gaussian window: smaller pictures have no SSIM
+NEIGHBOURS = 10_000  # about so many pictures are kept for precision, recall and retrieval
 PERFECT = (0.5 / 255) ** 2  # squared error that a perfect picture counts as: half a level, 54 dB, and not infinity
 
 
@@ -108,6 +109,21 @@ class Rows:
 def key_hash(key: str) -> int:
     """The first 64 bits of a key's sha256, as a signed number."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+
+
+def number_of(text: str) -> int:
+    """A number below 2^63 that stands for a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def few(keys: Sequence[str], total: int) -> Tensor:
+    """Which of the samples are among the about `NEIGHBOURS` of all, bool (B,): by their keys, and so the same on any ranks."""
+    share = NEIGHBOURS / max(total, NEIGHBOURS)
+    return torch.tensor([number_of(key) < share * 2**63 for key in keys], dtype=torch.bool)
+
+
+def those(keys: Sequence[str], keep: Tensor) -> list[str]:
+    return [key for key, kept in zip(keys, keep.tolist()) if kept]
 
 
 def within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

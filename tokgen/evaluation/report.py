@@ -62,6 +62,8 @@ FIGURES: dict[str, tuple[str, str, int]] = {
     "text_to_image": ("own picture is nearest", "", 1),
     "image_to_text_5": ("own caption among 5", "", 1),
     "text_to_image_5": ("own picture among 5", "", 1),
+    "image_to_text_of_references": ("own caption is nearest, of the references", "", 0),
+    "text_to_image_of_references": ("own picture is nearest, of the references", "", 0),
     "encode_ms": ("encoding", "ms", -1),
     "decode_ms": ("decoding", "ms", -1),
     "seconds": ("drawing", "s", -1),
@@ -77,6 +79,7 @@ TITLES = {
     "likelihood": "How well the references' codes are predicted",
     "drawn": "Codes drawn",
     "text": "Agreement with the caption",
+    "retrieval": "Codes and captions, as the tokenizer itself reads them",
     "speed": "Speed",
 }
 

@@ -272,6 +272,11 @@ class SEED(SemanticTokenizer):
 
     # -- the common space of pictures and captions --------------------------------------------------------------------
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether there are a text side and its vocabulary, so that codes can be compared with captions."""
+        return bool(self.config.text_vocab) and self.text is not None
+
     @torch.no_grad()
     def image_embedding(self, pixels: Any) -> Tensor:
         """Unit vectors (B, embed_dim) of pixels, before quantization. Raises ConfigError without a text side."""
