@@ -15,6 +15,7 @@ from PIL import Image
 
 from tokgen.data.shards import ShardWriter
 from tokgen.training.callbacks import CodebookMonitor, DataStats, ImageGrid, PlainProgress, StepSeed
+from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
 
 
@@ -55,6 +56,22 @@ def test_a_healthy_codebook_is_not(tmp_path, caplog):
     module = tiny.autoencoder(disc_weight=0.0, tokenizer=tiny.tokenizer(tiny.EMA_VQ))
     tiny.trainer(tmp_path, record, CodebookMonitor(every_n_steps=3), max_steps=6).fit(module, tiny.pixels())
     assert min(record.column("codebook/usage")) > 0.5 and "collapsing" not in caplog.text
+
+
+def test_a_resumed_run_knows_what_was_counted(tmp_path, image_shards):
+    def usage(folder, seed=0, **options):
+        record = tiny.Record()
+        trainer = tiny.trainer(folder, record, CodebookMonitor(every_n_steps=4), Checkpoint(), **options)
+        start = folder / "checkpoints" / "last.ckpt"
+        trainer.fit(
+            tiny.autoencoder(disc_weight=0.0, seed=seed), datamodule=tiny.shards(image_shards),
+            ckpt_path=start if start.is_file() else None,
+        )  # fmt: skip
+        return [record.column(f"codebook/{name}") for name in ("usage", "perplexity")]
+
+    whole = usage(tmp_path / "a", max_steps=8)
+    first, rest = usage(tmp_path / "b", max_steps=6), usage(tmp_path / "b", seed=7, max_steps=8)
+    assert [a + b for a, b in zip(first, rest)] == whole and len(whole[0]) == 2 and whole[0][0] != whole[0][1]
 
 
 def test_skipped_samples_are_in_the_log(tmp_path):

@@ -151,7 +151,8 @@ class CodebookMonitor(Callback):
     """Counts the codes of the training batches and says when the codebook dies.
 
     Every `every_n_steps` steps it logs `codebook/usage` (share of the codes seen since the last time), and
-    `codebook/perplexity`, and sends the histogram of counts to TensorBoard; below `warn_below` it warns.
+    `codebook/perplexity`, and sends the histogram of counts to TensorBoard; below `warn_below` it warns. What has been counted
+    is in the checkpoints, so that a resumed run logs what an unbroken one does.
 
     Args:
         every_n_steps: 0 turns it off.
@@ -164,8 +165,19 @@ class CodebookMonitor(Callback):
         self.counts: list[Tensor] = []
         self._seen = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": [sum_over_ranks(c).cpu() for c in self.counts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts = list(state["counts"])
+
+    def setup(self, trainer: Any, pl_module: TrainingModule, stage: str) -> None:
+        self.counts = []  # unless a checkpoint, which is read later, holds some
+
     def on_train_start(self, trainer: Any, pl_module: TrainingModule) -> None:
-        self.counts, self._seen = [], pl_module.step
+        mine = 1 if trainer.is_global_zero else 0  # what all ranks had counted is kept by one
+        self.counts = [mine * counts.to(pl_module.device) for counts in self.counts]
+        self._seen = pl_module.step
 
     def on_train_batch_end(self, trainer: Any, pl_module: TrainingModule, outputs: Any, *args: Any) -> None:
         if not self.every_n_steps or not isinstance(outputs, dict) or "tokens" not in outputs:
