@@ -54,10 +54,10 @@ TOKENIZERS = {
 }
 GENERATORS = {
     "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
-    "llama": Card("llama-tiny", 1000, tokenizer="vqgan"),
-    "arra": Card("arra-tiny", 1000, tokenizer="vqgan"),
-    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 800, tokenizer="tokenflow"),
-    "trajectory-t2v": Card("trajectory-t2v-tiny", 800, tokenizer="trajectory", data="clips"),
+    "llama": Card("llama-tiny", 600, tokenizer="vqgan"),
+    "arra": Card("arra-tiny", 600, tokenizer="vqgan"),
+    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 300, tokenizer="tokenflow"),
+    "trajectory-t2v": Card("trajectory-t2v-tiny", 300, tokenizer="trajectory", data="clips"),
 }
 CARDS = TOKENIZERS | GENERATORS
 
