@@ -55,9 +55,9 @@ TOKENIZERS = {
 GENERATORS = {
     "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
     "llama": Card("llama-tiny", 600, tokenizer="vqgan"),
-    "arra": Card("arra-tiny", 600, tokenizer="vqgan"),
-    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 300, tokenizer="tokenflow"),
-    "trajectory-t2v": Card("trajectory-t2v-tiny", 300, tokenizer="trajectory", data="clips"),
+    "arra": Card("arra-tiny", 400, tokenizer="vqgan"),
+    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 200, tokenizer="tokenflow"),
+    "trajectory-t2v": Card("trajectory-t2v-tiny", 200, tokenizer="trajectory", data="clips"),
 }
 CARDS = TOKENIZERS | GENERATORS
 
