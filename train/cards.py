@@ -158,10 +158,10 @@ def measure(out: Path, cards: Path, name: str, learnability: str) -> None:
             "evaluate", "generator", model, "--data", shards / "val", *where, *extractor, *text,
         )  # fmt: skip
         return
-    probe = ["--probe", "group"] if card.data == "pictures" else []
+    probe, some = (["--probe", "group"], ["--samples", 2000]) if card.data == "pictures" else ([], [])
     common = ["evaluate", "tokenizer", model, *options, *extractor]
     once(target / "unseen", *common, "--data", shards / "val", "--learnability", "none", *text)
-    once(target / "seen", *common, "--data", shards / "train", "--learnability", learnability, *probe)
+    once(target / "seen", *common, "--data", shards / "train", *some, "--learnability", learnability, *probe)
     if not (target / "language/report.json").is_file():
         tokgen("analyze", codes(out, name) / "train", "--out", target / "language")
 
@@ -182,7 +182,7 @@ measured by; `tokgen compare docs/cards/ibq/seen docs/cards/seed/seen` puts card
 **This is no ranking.** `vqgan` and `token-shuffle` are the shipped demo models; the others were trained by their tiny recipes, which differ in size and data, some for fewer steps
 (the table says), one run each. What the methods do when trained alike, with seeds, is in [studies](../studies.md).
 
-All figures are of `val` (205 pictures or 60 clips that training never showed), but for the probe and learnability, which are of those that it did; of several codebooks the mean. Frechet distances are in the features of
+All figures are of `val` (205 pictures or 60 clips that training never showed), but for the probe and learnability, which are of 2,000 (all 1,000 clips) that it did; of several codebooks the mean. Frechet distances are in the features of
 MobileNetV2. *Own caption is nearest*: the demo teacher looks for the captions of reconstructions, or drawings, among all of `val`; below the table, those of the pictures themselves. A dash is
 what was not measured.
 """
