@@ -135,6 +135,25 @@ def test_a_grid_tokenizer_of_clips_and_what_cannot_be_read(tmp_path):
     assert torch.equal(batch["ids"], tokenizer.encode(clips["pixels"]).ids) and batch["mask"].all()
 
 
+def test_motion_maps_become_codes(tmp_path, tokenizer):
+    motion = build("video-lavit-motion", "published")
+    maps = motion.example_pixels(5)
+    with ShardWriter(tmp_path / "motion", kind="motion", meta={"shape": list(maps.shape[1:])}) as writer:
+        for i, one in enumerate(maps.numpy()):
+            writer.write(f"m{i}", {"npy": one, "txt": f"motion {i}"})
+    report = tokenize_shards(motion, tmp_path / "motion", tmp_path / "codes", batch_size=2, progress=False)
+    (batch,) = batches(tmp_path / "codes", batch_size=5)
+    assert report.written == 5 and batch["caption"] == [f"motion {i}" for i in range(5)]
+    assert torch.equal(batch["ids"], motion.encode(maps.half().float()).ids)
+    with pytest.raises(InputError, match="tokenizes no motion"):
+        tokenize_shards(tokenizer, tmp_path / "motion", tmp_path / "more")
+    with pytest.raises(InputError, match="size of their shards"):
+        tokenize_shards(motion, tmp_path / "motion", tmp_path / "more", size=16)
+    with pytest.raises(InputError, match="none for the motion of"):
+        tokenize_shards(motion, tmp_path / "motion", tmp_path / "more", encoder=torch.nn.Identity())
+    assert not (tmp_path / "more").exists()
+
+
 def test_what_does_not_fit_is_named(tmp_path, videos, tokenizer):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="give frames"):

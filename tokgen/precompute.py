@@ -57,7 +57,8 @@ def tokenize_shards(
     frame_stride: int = 1,
     progress: bool = True,
 ) -> UnitsReport:
-    """Encode every image, or a clip of every video, of a shard folder and write ids, captions and metadata as code shards.
+    """Encode every image, a clip of every video, or every motion map of a shard folder, and write ids, captions and metadata as
+    code shards.
 
     Items of different numbers of tokens are written as long as they are. Of a video it is the clip that a data module takes in
     validation, from its middle; where the shards hold its trajectories (`tokgen trajectories`) and the tokenizer takes them,
@@ -65,7 +66,7 @@ def tokenize_shards(
     shards that were whole, whatever their number, see `tokgen.data.units`; a complete folder is left as it is.
 
     Args:
-        source: a folder of image or video shards with a manifest.
+        source: a folder of image, video or motion shards with a manifest.
         out: folder of the code shards; its manifest names the tokenizer's fingerprint, layout and codebook sizes.
         encoder: of image shards; also embeds each picture, from the pixels that the tokenizer sees; float16 `KEY.emb.npy` of shape (D,).
             The manifest's meta then has "embedding": {"encoder": `encoder_from`, "name": its name, "dim": D}.
@@ -78,24 +79,26 @@ def tokenize_shards(
         frames, fps, frame_stride: of video shards, as those of `ShardsDataModule`; frames must be given.
 
     Raises:
-        DataError: the source is no folder of image or video shards, holds sizes that do not fit, an embedding is beyond
+        DataError: the source is no folder of image, video or motion shards, holds sizes that do not fit, an embedding is beyond
             float16, or `out` was made with another tokenizer or encoder.
         ConfigError: frames, fps or resize that do not fit the videos or their trajectories.
         InputError: a tokenizer of something else, or that gives more than ids, or a size that it does not take; an encoder or
-            no number of frames for videos, or one for pictures.
+            no number of frames for videos, or one for pictures; a size for motion maps.
     """
     manifest = Manifest.load(source)
-    clips = manifest.kind == "videos"
-    if not clips and manifest.kind != "images":
-        raise DataError(
-            f"{source} holds {manifest.kind}; tokenizing needs image or video shards, as `tokgen pack` writes them"
-        )
-    what = "clips" if clips else "pictures"
-    if tokenizer.modality != "pixels" or (5 if clips else 4) not in tokenizer.ndims:
+    what = {"images": "pictures", "videos": "clips", "motion": "motion"}.get(manifest.kind)
+    if what is None:
+        raise DataError(f"{source} holds {manifest.kind}; tokenizing needs shards of images, videos or motion")
+    clips, moves = what == "clips", what == "motion"
+    if moves != (tokenizer.modality == "motion") or (4 if what == "pictures" else 5) not in tokenizer.ndims:
         raise InputError(f"{tokenizer.type_name} tokenizes no {what}, and {source} holds {manifest.kind}")
-    if clips and encoder is not None:
+    if what != "pictures" and encoder is not None:
         raise InputError(
-            "embeddings are of pictures, and there are none for the clips of video shards; leave the encoder out"
+            f"embeddings are of pictures, and there are none for the {what} of {source}; leave the encoder out"
+        )
+    if moves and size is not None:
+        raise InputError(
+            f"a size is of pictures, and motion maps have the size of their shards ({source}); leave it out"
         )
     if clips != (frames is not None):
         raise InputError(
@@ -110,12 +113,14 @@ def tokenize_shards(
         timing = {"frames": frames, "fps": fps, "frame_stride": frame_stride}
         wanted = None if "trajectories" in tokenizer.extras else False  # where there are any
         resize = "none" if size is None else resize
-        read = _Clips(source, image_size=size, resize=resize, trajectories=wanted, **timing)
+        read = _Validated(source, image_size=size, resize=resize, trajectories=wanted, **timing)
         about |= timing | {name: read.meta[name] for name in tokenizer.extras if name in read.meta}
+    elif moves:
+        read, about = _Validated(source), {"folder": Path(source).name, "shape": manifest.meta["shape"], **options}
 
     def encoded(batch: dict[str, Tensor]) -> Tokens:
         extras = {name: batch[name] for name in tokenizer.extras if name in batch}
-        return tokenizer.encode(batch["pixels"], **extras, **options)
+        return tokenizer.encode(batch[tokenizer.modality], **extras, **options)
 
     first = encoded({name: value[None] for name, value in _first(source, manifest, read).items()})
     if first.side:
@@ -251,7 +256,7 @@ def _as_begun(out: str | os.PathLike[str], made: dict[str, Any]) -> dict[str, An
     return {**made, **{fact: before[fact] for fact in ("encoder", "name") if fact in before}}
 
 
-# -- pictures and clips in ----------------------------------------------------------------------------------------------
+# -- samples in --------------------------------------------------------------------------------------------------------
 
 
 def _image_manifest(source: str | os.PathLike[str], doing: str) -> Manifest:
@@ -262,7 +267,7 @@ def _image_manifest(source: str | os.PathLike[str], doing: str) -> Manifest:
 
 
 class _Reader(Protocol):
-    """From a sample to tensors by name, "pixels" among them. Raises BadSample."""
+    """From a sample to tensors by name, "pixels" or "motion" among them. Raises BadSample."""
 
     extensions: tuple[str, ...]
 
@@ -285,9 +290,9 @@ class _Pictures:
         return {"pixels": pixels if self.size is None else resize_image(pixels, self.size, self.resize)}
 
 
-class _Clips:
-    """{"pixels": uint8 (T, 3, S, S)} and, where the shards hold them, {"trajectories": int32 (T, h, w)}, as a data module of these
-    settings reads the videos of a folder in validation."""
+class _Validated:
+    """What a data module of these settings reads of a sample in validation: {"pixels": uint8 (T, 3, S, S)} of a video and, where
+    the shards hold them, {"trajectories": int32 (T, h, w)}; {"motion": float32 (T, 2, h, w)} of a motion map."""
 
     def __init__(self, source: str | os.PathLike[str], **settings: Any) -> None:
         from tokgen.data.datamodule import ShardsDataModule
@@ -327,20 +332,20 @@ def _items(
 def _batches(
     source, items: Iterator[tuple[RawSample, dict[str, Tensor]]], batch_size: int, factor: int = 1
 ) -> Iterator[tuple[list[RawSample], dict[str, Tensor]]]:
-    """Samples, and what was read of them: pixels as uint8 (B, 3, H, W) or (B, T, 3, H, W)."""
+    """Samples, and what was read of them: pixels as uint8 (B, 3, H, W) or (B, T, 3, H, W), motion as float (B, T, 2, h, w)."""
     while batch := list(islice(items, batch_size)):
-        for raw, item in batch:
+        names = batch[0][1]
+        for raw, item in batch if "pixels" in names else ():
             height, width = item["pixels"].shape[-2:]
             if height % factor or width % factor:
                 raise DataError(
                     f"sample {raw.key} of {source} is {(height, width)}, not a multiple of {factor}; give size="
                 )
-        sizes = {tuple(item["pixels"].shape) for _, item in batch}
+        sizes = {tuple(item["pixels"].shape) for _, item in batch} if "pixels" in names else set()
         if len(sizes) > 1:
             raise DataError(
                 f"images of different sizes {sorted(sizes)[:3]} in one set; give size= to bring them to one"
             )
-        names = batch[0][1]
         yield [raw for raw, _ in batch], {name: torch.stack([item[name] for _, item in batch]) for name in names}
 
 

@@ -18,6 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,11 +74,14 @@ def tokgen(*arguments: object, log: Path | None = None) -> float:
     words = [str(a) for a in arguments]
     print(f"$ tokgen {shlex.join(words)}", flush=True)
     started = time.time()
-    with open(log or os.devnull, "w") as file:
-        subprocess.run(
-            [sys.executable, "-m", "tokgen", *words], cwd=ROOT, check=True,
+    with open(log, "w") if log else tempfile.TemporaryFile("w+") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "tokgen", *words], cwd=ROOT,
             stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        if done.returncode:
+            file.seek(0)
+            raise SystemExit(f"it failed: see {log}" if log else file.read()[-2000:])
     return time.time() - started
 
 

@@ -55,14 +55,14 @@ def tokenize(
     frame_stride: int = 1,
     device: str | None = None,
 ) -> None:
-    """Write code shards (ids and captions) of image or video shards, for generators to train on; continues an interrupted run.
+    """Write code shards (ids and captions) of image, video or motion shards, for generators to train on; continues an interrupted run.
 
     Processes started with the same options share the work, max_samples at a time: under torchrun
     (`torchrun --nproc-per-node 8 -m tokgen tokenize …`), or one by one on machines that share the folder. What is written does
     not depend on their number, and those that are left do the work of one that is lost.
 
     Args:
-        shards: folder of image shards, or of video shards, of each of which the clip in the middle is taken.
+        shards: folder of image shards, of video shards, of each of which the clip in the middle is taken, or of motion shards.
         model: folder or Hub name of the tokenizer.
         out: folder for the code shards.
         embed: image encoder whose embedding of each picture is stored too, for global alignment (ARRA): a folder, or a
