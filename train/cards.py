@@ -6,7 +6,7 @@
 The shipped demo models are measured as they are; the others are trained by their tiny recipes, some for fewer steps than these
 say (see `CARDS`). Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
 did, and the study of its codes as a language; of each generator a card on the captions of `val`. Finished runs are kept in --out, so
-that an interrupted call goes on. Options: --out, --cards, --only, --learnability, --train-only.
+that an interrupted call goes on; all takes about four hours of one core. Options: --out, --cards, --only, --learnability, --train-only.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cards"), help="where runs and codes go")
     parser.add_argument("--cards", type=Path, default=Path("docs/cards"), help="where cards go")
     parser.add_argument("--only", nargs="+", choices=CARDS, default=list(CARDS))
-    parser.add_argument("--learnability", choices=("short", "none"), default="none", help="4 minutes of one core each")
+    parser.add_argument("--learnability", choices=("short", "none"), default="none", help="2 to 4 minutes of one core each, 15 for clips")
     parser.add_argument("--train-only", action="store_true", help="train, and measure another time")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # so that cards name what anybody has
