@@ -176,7 +176,7 @@ def once(target: Path, *arguments: object) -> None:
 
 HEAD = """# Report cards
 
-Written by `python train/cards.py`, on the demo data ([what it is](../../assets/demo/README.md)). Every figure stands in its card with the protocol that it was
+Written by `python train/cards.py --learnability short`, on the demo data ([what it is](../../assets/demo/README.md)). Every figure stands in its card with the protocol that it was
 measured by; `tokgen compare docs/cards/ibq/seen docs/cards/seed/seen` puts cards side by side.
 
 **This is no ranking.** `vqgan` and `token-shuffle` are the shipped demo models; the others were trained by their tiny recipes, which differ in size and data, some for fewer steps
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cards"), help="where runs and codes go")
     parser.add_argument("--cards", type=Path, default=Path("docs/cards"), help="where cards go")
     parser.add_argument("--only", nargs="+", choices=CARDS, default=list(CARDS))
-    parser.add_argument("--learnability", choices=("short", "none"), default="none", help="2 to 4 minutes of one core each, 15 for clips")
+    parser.add_argument("--learnability", choices=("short", "none"), default="none", help="minutes of one core each")
     parser.add_argument("--train-only", action="store_true", help="train, and measure another time")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # so that cards name what anybody has
