@@ -191,6 +191,17 @@ def test_two_ranks_report_what_one_does(folder):
     assert json.loads((folder / "1.json").read_text()) == {}
 
 
+def test_cards_of_equal_names_are_told_apart_by_their_paths(folder, card, tmp_path, capsys):
+    names = [tmp_path / run / "card" for run in "ab"]
+    for name in names:
+        card.save(name)
+    assert run("compare", *names, "--only", "pixels") == 0
+    assert f"| Pixels | {names[0]} | {names[1]} |" in capsys.readouterr().out
+    assert run("compare", names[0], folder / "card", "--only", "pixels") == 0
+    assert run("compare", names[0], names[0]) != 0
+    assert "is given twice" in capsys.readouterr().err
+
+
 # -- learnability -------------------------------------------------------------------------------------------------------------
 
 BUDGET = Budget(dim=32, n_layers=1, n_heads=2, steps=80, batch_size=16, lr=1e-2, warmup=5)

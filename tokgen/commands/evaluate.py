@@ -347,11 +347,12 @@ def compare(reports: list[str], only: list[str] | None = None, force: bool = Fal
     from tokgen.evaluation.report import compare as side_by_side
     from tokgen.files import replacing
 
+    folders = [Path(path).parent if Path(path).suffix == ".json" else Path(path) for path in reports]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):  # runs/a/card and runs/b/card
+        names = [str(path) for path in reports]
     loaded: dict[str, Report] = {}
-    for path in reports:
-        name = Path(path).parent.name if Path(path).suffix == ".json" else Path(path).name
-        if name in loaded:
-            name = str(path)
+    for name, path in zip(names, reports):
         if name in loaded:
             raise DataError(f"{path} is given twice")
         loaded[name] = Report.load(path)
