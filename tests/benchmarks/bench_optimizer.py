@@ -33,7 +33,13 @@ def run() -> list[dict]:
             AdamW,
             "peer: AdamW(...) as PyTorch chooses",
         ),
-        _row("Muon step", MATRICES, Muon, torch.optim.Muon, "float32 on CPUs; peer: PyTorch's, bfloat16 everywhere"),
+        _row(
+            "Muon step",
+            MATRICES,
+            Muon,
+            torch.optim.Muon,
+            "peer: PyTorch's; both in bfloat16 where the CPU multiplies it, else ours in float32",
+        ),
         _guard(),
     ]
     torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch.optim import Muon as TorchMuon
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """U S V' -> about U V' by Newton and Schulz's iteration of degree five, whose singular values end between 0.5 and 1.5.
 
-    In bfloat16 on accelerators, as published; in float32 on CPUs, many of which multiply bfloat16 several times more slowly.
+    In bfloat16, as published; in float32 on CPUs that have no instructions for it, which take many times as long for bfloat16.
 
     Args:
         matrix: (N, K).
         coefficients, steps, eps: as in `torch.optim.Muon`.
     """
     a, b, c = coefficients
-    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    x = matrix.to(torch.bfloat16 if matrix.device.type != "cpu" or _cpu_multiplies_bfloat16() else torch.float32)
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T  # the products of the short side with itself are the small ones
     x = x / x.norm().clamp(min=eps)  # no singular value above 1
@@ -31,8 +32,14 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     return x if wide else x.T
 
 
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not say
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
 class Muon(TorchMuon):
-    """`torch.optim.Muon` with `orthogonalize` in the place of its own, which is in bfloat16 on every device."""
+    """`torch.optim.Muon` with `orthogonalize` in the place of its own, which is in bfloat16 on every CPU."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
