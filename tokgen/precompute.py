@@ -116,7 +116,7 @@ def tokenize_shards(
         read = _Validated(source, image_size=size, resize=resize, trajectories=wanted, **timing)
         about |= timing | {name: read.meta[name] for name in tokenizer.extras if name in read.meta}
     elif moves:
-        read, about = _Validated(source), {"folder": Path(source).name, "shape": manifest.meta["shape"], **options}
+        read, about = _Validated(source), {"folder": Path(source).name, "shape": manifest.meta.get("shape"), **options}
 
     def encoded(batch: dict[str, Tensor]) -> Tokens:
         extras = {name: batch[name] for name in tokenizer.extras if name in batch}
