@@ -155,7 +155,7 @@ def test_a_discriminator_that_explodes_does_not_ruin_the_reconstructions(tmp_pat
     _, ruined, _ = go_on(base, tmp_path / "run", pictures, Hurt("discriminator", 1e3))
     healthy, guarded, alone = ends(unhurt[1], rows, ruined)
     assert ended is None and module.step == TOTAL
-    assert guarded < 1.3 * healthy  # 14 of its steps are lost
+    assert guarded < 1.2 * healthy  # 14 of its steps are lost
     assert alone > 4 * healthy
     # found in the window of 95 to 98; the weights of 96 were dragged along already
     assert rollbacks(module) == [(98, 84)] and module.lr_scales == {1: 0.5}
@@ -173,7 +173,7 @@ def test_a_tokenizer_that_explodes_comes_back(tmp_path, pictures, base, unhurt):
     _, ruined, _ = go_on(base, tmp_path / "without", pictures, hurt())
     healthy, guarded, alone = ends(unhurt[1], rows, ruined)
     assert ended is None and rollbacks(module) == [(100, 84)] and module.lr_scales == {0: 0.5}
-    assert guarded < 1.5 * healthy  # some of it for the halved rate
+    assert guarded < 1.35 * healthy  # some of it for the halved rate
     assert alone > 4 * healthy
 
 
@@ -252,7 +252,7 @@ def test_a_discriminator_with_far_too_high_a_learning_rate(tmp_path, pictures):
     guarded, rows, ended = runs["with"]
     assert ended is None and guarded.step == 120 and guarded.lr_scales.keys() == {1}
     at_first, with_guard, without = ends(before, rows, runs["without"][1])  # "left alone" is before it joined
-    assert with_guard < 2.5 * at_first
+    assert with_guard < 2 * at_first
     assert without > 8 * at_first
 
 
