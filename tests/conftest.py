@@ -18,6 +18,7 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test starts from the same random state, in whatever order they run."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # what `seed_everything` leaves behind
     torch.manual_seed(0)
 
 

@@ -241,6 +241,7 @@ def on_ranks(work: Callable[..., None], world: int, folder: Path, *args: Any) ->
 def _rank(rank: int, world: int, port: int, mark: Path, work: Callable[..., None], folder: Path, args: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {k: str(v) for k, v in names.items()} | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before: with it Lightning seeds two processes anew, and one not
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
