@@ -235,6 +235,7 @@ def overview(cards: Path) -> str:
         ("of the references", "", "text", "text_score_of_references", ".1f"),
         ("own caption is nearest", "", "text", "image_to_text", ".1%"),
         ("bits a code of the references", "", "likelihood", "bits_per_code", ".2f"),
+        ("bits that a caption saves", "", "likelihood", "caption_gain", ".1f"),
         ("drawing, s", "", "speed", "seconds", ".3f"),
     )
     titles = ["generator", "steps", "codes of", *(title for title, *_ in columns), "card"]

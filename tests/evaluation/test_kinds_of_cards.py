@@ -213,14 +213,25 @@ def test_the_likelihood_is_that_of_every_code(text):
         likelihood.update({"pixels": pixels[part], "caption": captions[part]})
     sums[0].merge(sums[1].state())
     ids = model.encode(pixels).ids
-    nats = 0.0
-    for row in range(5):
-        prompt, mask = made.encode_prompts(captions[row : row + 1])
-        logits = made(prompt, mask, ids[row : row + 1]).logits[0]
-        nats -= float(logits.detach().log_softmax(-1).gather(1, ids[row][:, None]).sum())
-    found = sums[0].result()
-    assert found["bits_per_code"] == pytest.approx(nats / math.log(2) / ids.numel(), rel=1e-5)
-    assert found["bits_of_item"] == pytest.approx(nats / math.log(2) / 5, rel=1e-5)
+
+    def bits(captions: list[str]) -> float:
+        nats = 0.0
+        for row, caption in enumerate(captions):
+            prompt, mask = made.encode_prompts([caption])
+            logits = made(prompt, mask, ids[row : row + 1]).logits[0]
+            nats -= float(logits.detach().log_softmax(-1).gather(1, ids[row][:, None]).sum())
+        return nats / math.log(2)
+
+    found, expected = sums[0].result(), bits(captions)
+    assert found["bits_per_code"] == pytest.approx(expected / ids.numel(), rel=1e-5)
+    assert found["bits_of_item"] == pytest.approx(expected / 5, rel=1e-5)
+    assert found["caption_gain"] == pytest.approx((bits([""] * 5) - expected) / 5, rel=1e-3)
+    assert abs(found["caption_gain"]) > 0.01, "captions tell something"
+    made.config = replace(made.config, caption_dropout=0.0)
+    always = Likelihood(pipeline)
+    always.update({"pixels": pixels, "caption": captions})
+    assert always.result() == pytest.approx({k: v for k, v in found.items() if k != "caption_gain"}, rel=1e-5)
+    assert "never trained without them" in always.notes()[0]
     pipeline.precision = "int8"
     other = Likelihood(pipeline)
     other.update({"pixels": pixels, "caption": captions})

@@ -43,7 +43,7 @@ from tokgen.pretrained import fingerprint
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Layout
 
-VERSION = 2  # of what partial files hold; it grows when a change of code changes their sums
+VERSION = 3  # of what partial files hold; it grows when a change of code changes their sums
 SHOWN = 24  # pictures on the page
 
 

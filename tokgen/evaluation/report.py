@@ -52,6 +52,7 @@ FIGURES: dict[str, tuple[str, str, int]] = {
     "motion_error_of_zero": ("squared error of no motion", "", 0),
     "bits_per_code": ("bits per code of the references", "bits", -1),
     "bits_of_item": ("bits of a reference", "bits", -1),
+    "caption_gain": ("bits that its caption saves", "bits", 1),
     "drawn_tokens": ("tokens, drawn", "", 0),
     "reference_tokens": ("tokens of the references", "", 0),
     "drawn_entropy": ("entropy per code, drawn", "bits", 0),
