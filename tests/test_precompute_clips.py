@@ -291,7 +291,7 @@ def test_the_command_tokenizes_clips(videos, codes, tokenizer, tmp_path):
 
 def test_alignment_leaves_ends_and_padding_out(tmp_path):
     """ARRA on ragged codes: the term is the mean over items of the cosine of the steps that predict their codes."""
-    from tokgen.training.generator import Alignment
+    from tokgen.training.alignment import Alignment
 
     meta = {
         "tokenizer": "f" * 16,

@@ -15,11 +15,11 @@ from typing import Any
 import tiny
 import torch
 
+from tokgen.training.alignment import Alignment
 from tokgen.training.base import Schedule
 from tokgen.training.callbacks import SampleGrid
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import Alignment
 from tokgen.training.sharding import FullyShardedStrategy
 
 

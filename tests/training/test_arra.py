@@ -15,9 +15,9 @@ from tokgen.errors import CheckpointError, ConfigError
 from tokgen.generators.llama import LlamaGenerator
 from tokgen.losses.alignment import alignment_loss
 from tokgen.precompute import tokenize_shards
+from tokgen.training.alignment import Alignment
 from tokgen.training.checkpoint import Checkpoint, read_checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import Alignment
 
 DIM = 12
 

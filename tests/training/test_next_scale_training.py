@@ -14,11 +14,12 @@ from tokgen.generators.pipeline import TextToImagePipeline
 from tokgen.generators.tokenflow import TokenFlowGenerator
 from tokgen.precompute import tokenize_shards
 from tokgen.tokenizers.tokenflow import TokenFlow
+from tokgen.training.alignment import Alignment
 from tokgen.training.callbacks import SampleGrid
 from tokgen.training.captions import Text
 from tokgen.training.checkpoint import Checkpoint
 from tokgen.training.ema import EMA
-from tokgen.training.generator import Alignment, GeneratorModule
+from tokgen.training.generator import GeneratorModule
 
 SIDE, SIZES = 32, {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden": 48, "max_text": 8, "code_dim": 18}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
 from tokgen.evaluation.agreement import CodeAgreement, TextAgreement
+from tokgen.evaluation.distribution import FeatureSet, by, caveats, distances
 from tokgen.evaluation.extractors import Extractor
 from tokgen.evaluation.learnability import bits_of_codes, budget_of, details_of, rows_of
 from tokgen.evaluation.likelihood import Likelihood
@@ -20,23 +21,19 @@ from tokgen.evaluation.metrics import (
     NEIGHBOURS,
     SSIM_SIDE,
     CodeHistogram,
-    FeatureStatistics,
-    InceptionScore,
     Means,
     Rows,
-    below,
     few,
     number_of,
     pixel_errors,
     precision_recall,
-    those,
-    within,
 )
 from tokgen.evaluation.probe import Probe
 from tokgen.evaluation.probe import details_of as details_of_probe
 from tokgen.evaluation.progress import Facts, Pictures, Progress, Sums
 from tokgen.evaluation.report import Report
 from tokgen.evaluation.samples import EvaluationSet
+from tokgen.evaluation.speed import Watch, machine
 from tokgen.generators.pipeline import TextToImagePipeline
 from tokgen.images import image_grid, to_uint8
 from tokgen.pretrained import fingerprint
@@ -96,8 +93,8 @@ def evaluate_tokenizer(
     texts = None if text_encoder is None else TextAgreement(text_encoder, data.wanted)
     reads = getattr(tokenizer, "reads_captions", False)
     sums = Sums(
-        means=Means(), codes=CodeHistogram(tokenizer.codebook_sizes), ids=Rows(), probe=Probe(), made=_FeatureSet(),
-        truth=_FeatureSet(), watch=_Watch(tokenizer.device), facts=Facts(), shown=Pictures(),
+        means=Means(), codes=CodeHistogram(tokenizer.codebook_sizes), ids=Rows(), probe=Probe(), made=FeatureSet(),
+        truth=FeatureSet(), watch=Watch(tokenizer.device), facts=Facts(), shown=Pictures(),
         **({"texts": texts} if texts else {}), **({"retrieval": CodeAgreement(tokenizer, data.wanted)} if reads else {}),
     )  # fmt: skip
     identity = {
@@ -199,9 +196,9 @@ def _tokenizer_groups(
     if timing:
         notes.append(NO_FVD)
     elif sums.made.pool is not None:
-        figures = _between(sums.made, sums.truth, "rfid" if extractor.standard else "frechet", extractor.standard)
-        report.add(protocol("distribution", **_of(extractor)), figures)
-        notes += _on_distances(extractor, n, sums.made.width)
+        figures = distances(sums.made, sums.truth, "rfid", extractor)
+        report.add(protocol("distribution", **by(extractor)), figures)
+        notes += caveats(extractor, n, sums.made.width)
     elif found:
         notes.append("No Frechet distance: there is no extractor.")
     if "texts" in sums.measures:
@@ -226,7 +223,7 @@ def _tokenizer_groups(
         learned = bits_of_codes(sums.ids.result()["ids"], layout, tokenizer.codebook_sizes, budget, tokenizer.device)
         more = {"seeds": f"{budget.seed}", "details": {**details_of(learnability), **timing}}
         report.add(protocol("learnability", **more), learned)
-    report.add(protocol("speed", details=_machine(tokenizer.device, data.batch_size)), sums.watch.result())
+    report.add(protocol("speed", details=machine(tokenizer.device, data.batch_size)), sums.watch.result())
 
 
 def _motion_errors(made: Tensor, truth: Tensor) -> dict[str, Tensor]:
@@ -292,7 +289,7 @@ def evaluate_generator(
     texts = None if text_encoder is None else TextAgreement(text_encoder, data.wanted)
     likelihood = Likelihood(pipeline)
     sums = Sums(
-        means=Means(), made=_FeatureSet(), truth=_FeatureSet(), facts=Facts(), shown=Pictures(), likelihood=likelihood,
+        means=Means(), made=FeatureSet(), truth=FeatureSet(), facts=Facts(), shown=Pictures(), likelihood=likelihood,
         drawn=CodeHistogram(pipeline.generator.codebook_sizes),
         **({"texts": texts} if texts else {}),
     )  # fmt: skip
@@ -365,15 +362,15 @@ def _generator_groups(
         return data.protocol(name, version, n, size, **more)
 
     if extractor is not None:
-        figures = _between(sums.made, sums.truth, "gfid" if extractor.standard else "frechet", extractor.standard)
+        figures = distances(sums.made, sums.truth, "gfid", extractor)
         if sums.made.score is not None:
             figures["inception_score" if extractor.standard else "class_score"] = sums.made.score.result()
         drawn, true = sums.made.features(), sums.truth.features()
         if len(drawn) > 3:
             figures["precision"], figures["recall"] = precision_recall(drawn, true)
         details = {"neighbours": "k = 3", "among about": min(n, NEIGHBOURS)}
-        report.add(protocol("distribution", **_of(extractor), **seeds, details=details), figures)
-        notes += _on_distances(extractor, n, sums.made.width)
+        report.add(protocol("distribution", **by(extractor), **seeds, details=details), figures)
+        notes += caveats(extractor, n, sums.made.width)
     elif timing:
         notes.append(NO_FVD)
     if "texts" in sums.measures:
@@ -384,7 +381,7 @@ def _generator_groups(
     drawn = {"drawn_tokens": means.result(("drawn_tokens",))["drawn_tokens"], **sums.likelihood.lengths()}
     entropies = {"drawn_entropy": sums.drawn.result()["entropy"], **sums.likelihood.entropies()}
     report.add(protocol("drawn", **seeds, details=codes), {**drawn, **entropies})
-    report.add(protocol("speed", details=_machine(pipeline.device, data.batch_size)), means.result(("seconds",)))
+    report.add(protocol("speed", details=machine(pipeline.device, data.batch_size)), means.result(("seconds",)))
     notes.append(
         f"The reference set are the {n} {'clips' if timing else 'pictures'} whose captions were drawn."
         + ("" if timing else " Figures over another number do not compare: Frechet distances fall as it grows.")
@@ -426,79 +423,6 @@ def _identity(data: EvaluationSet) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class _FeatureSet:
-    """Statistics of one set of pictures in an extractor's features."""
-
-    def __init__(self) -> None:
-        self.pool: FeatureStatistics | None = None
-        self.spatial: FeatureStatistics | None = None
-        self.score: InceptionScore | None = None
-        self.kept = Rows()
-
-    def update(self, keys: Sequence[str], features: dict[str, Tensor], keep: Tensor | None = None) -> None:
-        """Count a batch; `keep`, bool (B,), are those whose pooled features precision and recall are taken over."""
-        self._open({name: x.shape[1] for name, x in features.items() if name != "logits" or keep is not None})
-        self.pool.update(features["pool"])
-        if self.spatial is not None:
-            self.spatial.update(features["spatial"])
-        if self.score is not None:
-            self.score.update(features["logits"])
-        if keep is not None:
-            self.kept.add(those(keys, keep), pool=features["pool"].float().cpu()[keep])
-
-    def _open(self, widths: Mapping[str, int]) -> None:
-        self.pool = self.pool or FeatureStatistics(widths["pool"])
-        if "spatial" in widths:
-            self.spatial = self.spatial or FeatureStatistics(widths["spatial"])
-        if "logits" in widths:
-            self.score = self.score or InceptionScore(widths["logits"])
-
-    def state(self) -> dict[str, Tensor]:
-        parts = {"pool": self.pool, "spatial": self.spatial, "score": self.score, "kept": self.kept}
-        return {k: x for name, part in parts.items() if part is not None for k, x in below(name, part.state()).items()}
-
-    def merge(self, state: Mapping[str, Tensor]) -> None:
-        widths = {name: len(state[f"{name}.mean"]) for name in ("pool", "spatial") if f"{name}.mean" in state}
-        if "score.sums" in state:
-            widths["logits"] = len(state["score.sums"]) - 2
-        self._open(widths)
-        for name in ("pool", "spatial", "score", "kept"):
-            if own := within(state, name):
-                getattr(self, name).merge(own)
-
-    @property
-    def width(self) -> int:
-        return 0 if self.pool is None else len(self.pool.mean)
-
-    def features(self) -> Tensor:
-        """Those kept, (N, D)."""
-        return self.kept.result().get("pool", torch.zeros(0, self.width))
-
-
-def _between(made: _FeatureSet, truth: _FeatureSet, name: str, standard: bool) -> dict[str, float]:
-    figures = {name: made.pool.frechet(truth.pool)}
-    if made.spatial is not None:
-        figures["sfid" if standard else "spatial_frechet"] = made.spatial.frechet(truth.spatial)
-    return figures
-
-
-def _of(extractor: Extractor) -> dict[str, str]:
-    return {"extractor": extractor.name, "extractor_hash": extractor.weights}
-
-
-def _on_distances(extractor: Extractor, n: int, width: int) -> list[str]:
-    notes = []
-    if not extractor.standard:
-        notes.append(
-            f"The Frechet distance is in features of {extractor.name}: it is no FID, and of another scale than any FID."
-        )
-    if n <= width:
-        notes.append(
-            f"Of {n} pictures in {width} dimensions no covariance is known: the Frechet distance is mostly the bias of so few."
-        )
-    return notes
-
-
 class _Distance:
     """LPIPS where its weights are, else the same formula on MobileNetV2."""
 
@@ -528,49 +452,6 @@ def _perceptual(device: torch.device) -> tuple[_Distance | None, str]:
         return distance, "There were no LPIPS weights: the MobileNetV2 distance has its formula and another scale."
     except (CheckpointError, MissingDependency):
         return None, missing
-
-
-class _Watch:
-    """Mean milliseconds for a sample; the first batch of each kind counts only where there is no other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times: dict[str, Tensor] = {}  # seconds and samples of the first batch, and of the others
-
-    def __call__(self, name: str, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        started = time.perf_counter()
-        made = work(*arguments, **named)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        spent = torch.tensor([time.perf_counter() - started, len(made)], dtype=torch.float64)
-        if name in self.times:
-            self.times[name][1] += spent
-        else:
-            self.times[name] = torch.stack([spent, torch.zeros_like(spent)])
-        return made
-
-    def state(self) -> dict[str, Tensor]:
-        return self.times
-
-    def merge(self, state: Mapping[str, Tensor]) -> None:
-        for name, times in state.items():
-            self.times[name] = self.times.get(name, 0) + times
-
-    def result(self) -> dict[str, float]:
-        found = {}
-        for name in ("encode_ms", "decode_ms"):
-            if name in self.times:
-                seconds, samples = next(row for row in self.times[name].flip(0).tolist() if row[1])
-                found[name] = 1000 * seconds / samples
-        return found
-
-
-def _machine(device: torch.device, batch_size: int) -> dict[str, Any]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
-    return {"device": name, "batch size": batch_size}
 
 
 def _subject(module: Any) -> dict[str, Any]:

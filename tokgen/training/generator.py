@@ -6,9 +6,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,13 @@ from tokgen.errors import CheckpointError, ConfigError, TokenizerMismatch
 from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
 from tokgen.generators.image_reader import VisualInput
-from tokgen.generators.token_shuffle import to_windows
 from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
-from tokgen.losses.alignment import AlignmentProjector, alignment_loss
 from tokgen.pretrained import config_from_dict, load_strictly, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.text import TextTokenizer
 from tokgen.tokenizers.base import VisualTokenizer
 from tokgen.tokens import Tokens
+from tokgen.training.alignment import Alignment, check_projector
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
 from tokgen.training.captions import Text, learned_vocabulary, made_once, named_vocabulary, training_captions
 from tokgen.training.sharding import gathered
@@ -35,46 +33,6 @@ log = logging.getLogger(__name__)
 BY_VECTORS = "reads codes by their vectors"
 # fields of a generator's configuration that the shards and the text encoder decide
 FROM_DATA = ("layout", "codebook_sizes", "text_vocab", "num_classes", "feature_dim")
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """ARRA's second objective: states of one block, projected, point where an image encoder's embedding of the picture
-    points (see `tokgen.losses.alignment`). It depends on no other term of the loss, and changes nothing at inference.
-
-    Attributes:
-        weight: lambda, of the term in the loss.
-        block: whose output is aligned, counted from 1. The paper takes the first; late blocks work too, and by its own
-            table 30 of 32 scores better than 1.
-        encoder: name or folder of the image encoder, as `tokgen.encoders.base.load_encoder` takes it. With source "shard"
-            it is only compared with what the shards name, and None takes whichever that is.
-        source: "shard": embeddings that `tokgen tokenize --embed` stored beside the codes; "online": of the pixels of
-            image shards, in training, with the encoder frozen.
-        target: "every" position that predicts codes (the paper's <HYBNEXT>), or the one learned "rep" token before them
-            (its <REP>), which needs config.rep_token.
-        hidden: width inside the projector; None is the embedding's.
-    """
-
-    weight: float = 1.0
-    block: int = 1
-    encoder: str | None = None
-    source: Literal["shard", "online"] = "shard"
-    target: Literal["every", "rep"] = "every"
-    hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0 or self.block < 1:
-            raise ConfigError(
-                f"alignment: weight {self.weight} must be above 0 and block {self.block} at least 1; leave alignment out "
-                "to train without it"
-            )
-        for name, known in (("source", ("shard", "online")), ("target", ("every", "rep"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"alignment.{name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if self.source == "online" and self.encoder is None:
-            raise ConfigError(
-                "alignment.source 'online' needs alignment.encoder, the name or folder of an image encoder"
-            )
 
 
 class GeneratorModule(TrainingModule):
@@ -216,7 +174,7 @@ class GeneratorModule(TrainingModule):
                 "visual_tokenizer to tokenize images or clips in training"
             )
         if self.alignment is not None:
-            self._embeddings = self._find_embeddings(data)
+            self._embeddings = self.alignment.targets(data, self.encoder)
         self._text = self._make_text(stage)
 
     def _facts_of_pixels(self, size: int | None, frames: int | None) -> dict[str, Any]:
@@ -236,38 +194,6 @@ class GeneratorModule(TrainingModule):
             "codebook_sizes": tuple(tokenizer.codebook_sizes),
             "tokenizer_fingerprint": tokenizer.fingerprint,
         }
-
-    def _find_embeddings(self, data: Any) -> dict[str, Any]:
-        """Encoder and width of the alignment's targets. Raises ConfigError."""
-        wanted = self.alignment.encoder
-        if self.alignment.source == "online":
-            if data.kind != "images":
-                raise ConfigError(
-                    f"alignment.source 'online' embeds pixels and was given {data.kind}; train on image shards with "
-                    "visual_tokenizer, or store embeddings with `tokgen tokenize --embed` and set source 'shard'"
-                )
-            return {"encoder": wanted, "name": self.encoder.name, "dim": self.encoder.dim}
-        if data.kind != "codes":
-            raise ConfigError(
-                f"alignment.source 'shard' reads embeddings of code shards and was given {data.kind}; set source "
-                "'online', or train on what `tokgen tokenize --embed` writes"
-            )
-        found: dict[str, Any] = {}
-        for split, shards in data.sets.items():
-            stored = shards.meta.get("embedding")
-            if not stored:
-                raise ConfigError(
-                    f"the {split} shards hold no embeddings, or not all of one encoder, and alignment.source is 'shard'; "
-                    f"write them with `tokgen tokenize … --embed {wanted or 'ENCODER'}`"
-                )
-            if wanted not in (None, stored["encoder"], stored["name"]) or stored != (found or stored):
-                raise ConfigError(
-                    f"the {split} shards hold embeddings of encoder {stored['encoder']!r}, and "
-                    + (f"others those of {found['encoder']!r}" if found else f"alignment.encoder is {wanted!r}")
-                    + "; write them with one encoder (`tokgen tokenize … --embed`) and name that, or none, in the recipe"
-                )
-            found = dict(stored)
-        return found
 
     def _check_tokenizer(self, tokenizer: VisualTokenizer) -> None:
         sizes, fingerprint = self._facts["codebook_sizes"], self._facts["tokenizer_fingerprint"]
@@ -356,7 +282,7 @@ class GeneratorModule(TrainingModule):
         generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
         blocks = getattr(generator, "layers", ())
         if self.alignment is not None:
-            self.projector = self._make_projector(generator, len(blocks))
+            self.projector = self.alignment.projector(generator, self._embeddings["dim"])
         if self.compile_blocks:
             for block in blocks:
                 block.compile()
@@ -395,15 +321,6 @@ class GeneratorModule(TrainingModule):
             raise ConfigError(f"projector {self.code_projector} embeds ids by a table of its own; it has no projector")
         load_strictly(codes.projector, saved.projector.state_dict(), f"the projector in {self.code_projector}")
 
-    def _make_projector(self, generator: Generator, blocks: int) -> AlignmentProjector:
-        if self.alignment.block > blocks:
-            raise ConfigError(
-                f"alignment.block {self.alignment.block}; the generator has {blocks} blocks, counted from 1"
-            )
-        if self.alignment.target == "rep" and not getattr(generator.config, "rep_token", False):
-            raise ConfigError("alignment.target 'rep' aligns the <REP> token; set config.rep_token: true")
-        return AlignmentProjector(generator.config.dim, self._embeddings["dim"], self.alignment.hidden)
-
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
@@ -441,25 +358,8 @@ class GeneratorModule(TrainingModule):
                 f"{tuple(own.weight.shape)}; use the settings it was trained with"
             )
         if "state_dict" in checkpoint:
-            self._check_projector(checkpoint["state_dict"], about.get("config", {}).get("alignment") or {})
-
-    def _check_projector(self, state: dict[str, Tensor], made_for: dict[str, Any]) -> None:
-        saved = state.get("projector.fc2.weight")
-        if (saved is None) != (self.projector is None):
-            had, has = ("without", "with") if saved is None else ("with", "without")
-            raise CheckpointError(
-                f"the checkpoint was trained {had} alignment and this run is {has} it; use the settings it was trained "
-                "with, or start from its published generator by init_from"
-            )
-        if saved is not None and saved.shape != self.projector.fc2.weight.shape:
-            raise CheckpointError(
-                f"the checkpoint's alignment projector gives {len(saved)} channels, the embeddings have "
-                f"{self._embeddings['dim']}; use the encoder it was trained with"
-            )
-        if made_for and made_for["name"] != self._embeddings["name"]:
-            log.warning(
-                "the checkpoint was aligned to %s, this run is to %s", made_for["name"], self._embeddings["name"]
-            )
+            made_for = about.get("config", {}).get("alignment") or {}
+            check_projector(self.projector, self._embeddings, checkpoint["state_dict"], made_for)
 
     def configure_optimizers(self) -> list[Optimizer]:
         trained = nn.ModuleList(m for m in (self.generator, self.projector) if m is not None)
@@ -488,18 +388,7 @@ class GeneratorModule(TrainingModule):
         if self.alignment is None:
             return self.generator.loss(batch, **weights)
         output = self.generator.loss(batch, hidden_of=self.alignment.block, **weights)
-        states = output.hidden  # (B, S, dim)
-        codebooks = batch["mask"][..., None].expand(-1, -1, len(self.generator.codebook_sizes))  # (B, N, C)
-        order = self.generator.order[: codebooks.shape[1]]
-        mask = to_windows(codebooks, order).any(-1)  # (B, S), steps that predict a code which counts
-        states = states[:, : mask.shape[1]]  # without the ends
-        if self.alignment.target == "rep":  # the first step is predicted from it
-            states, mask = states[:, :1], mask.any(1, keepdim=True)
-        distance = alignment_loss(self.projector(states), batch["embedding"], mask)
-        output.losses["alignment"] = self.alignment.weight * distance
-        output.loss = output.loss + output.losses["alignment"]
-        output.stats["alignment_cosine"] = 1 - distance.detach()
-        return output
+        return self.alignment.add_to(output, batch, self.generator, self.projector)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         optimizer = self.optimizers()
