@@ -279,6 +279,40 @@ class TrainingModule(L.LightningModule):
             self._step += 1
             self.train_step += 1
 
+    def single_step(
+        self,
+        model: nn.Module,
+        compute: Callable[[], tuple[Tensor, dict[str, Any]]],
+        items: int,
+        unit: str = "samples",
+        bar: Iterable[str] = ("train/loss",),
+    ) -> None:
+        """The whole training step of a module with one optimizer.
+
+        Args:
+            model: whose buffers the forward pass changes.
+            compute: gives the batch's loss and what goes to the log beside it.
+            items, unit: how many of what the batch holds, for the rate in the log.
+            bar: names for the progress bar.
+        """
+        optimizer = self.optimizers()
+        completes = self.begin([model])
+        logs = completes and self.should_log
+        with optimizer.toggle_model(sync_grad=completes):
+            loss, terms = compute()
+            self.manual_backward(loss / self.accumulate)
+        rate = self.rate(items)
+        if not completes:
+            self.finish(False)
+            return
+        good, norm = self.update(optimizer, 0, [loss], [model])
+        metrics = {"loss": loss, **terms, "grad_norm": norm, "lr": self.learning_rate(), "skipped_steps": self._skipped}
+        if rate is not None:
+            metrics[f"{unit}_per_second"] = rate
+        self.finish(good)
+        if logs:
+            self.record_training(metrics, bar)
+
     def on_train_batch_end(self, *args: Any) -> None:
         """Ends a run of bad steps that no callback has taken care of, with TrainingDiverged."""
         bad = max(self.bad_in_a_row.values(), default=0)

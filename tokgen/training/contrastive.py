@@ -128,25 +128,11 @@ class ContrastiveModule(TrainingModule):
         return {name: batch[name] for name in names}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        completes = self.begin([self.encoder])
-        logs = completes and self.should_log
-        with optimizer.toggle_model(sync_grad=completes):
+        def compute() -> tuple[Tensor, dict[str, Any]]:
             images, texts, groups = self.embed(batch)
-            loss = contrastive_loss(images, texts, self.encoder.scale, groups)
-            self.manual_backward(loss / self.accumulate)
-        rate = self.rate(len(images))
-        if not completes:
-            self.finish(False)
-            return
-        good, norm = self.update(optimizer, 0, [loss], [self.encoder])
-        metrics = {"loss": loss, "scale": self.encoder.scale, "grad_norm": norm, "lr": self.learning_rate()}
-        metrics["skipped_steps"] = self._skipped
-        if rate is not None:
-            metrics["samples_per_second"] = rate
-        self.finish(good)
-        if logs:
-            self.record_training(metrics, bar=["train/loss"])
+            return contrastive_loss(images, texts, self.encoder.scale, groups), {"scale": self.encoder.scale}
+
+        self.single_step(self.encoder, compute, len(batch["caption"]))
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

@@ -391,25 +391,16 @@ class GeneratorModule(TrainingModule):
         return self.alignment.add_to(output, batch, self.generator, self.projector)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        optimizer = self.optimizers()
         batch = self.with_codes(batch)
-        completes = self.begin([self.generator])
-        logs = completes and self.should_log
-        with optimizer.toggle_model(sync_grad=completes):
+
+        def compute() -> tuple[Tensor, dict[str, Any]]:
             output = self.loss(batch, **self.weights)
-            self.manual_backward(output.loss / self.accumulate)
-        rate = self.rate(batch["ids"].numel())
-        if not completes:
-            self.finish(False)
-            return
-        good, norm = self.update(optimizer, 0, [output.loss], [self.generator])
-        metrics = {"loss": output.loss, **output.losses, **output.stats, "grad_norm": norm, "lr": self.learning_rate()}
-        metrics |= {"bits_per_code": output.losses["ce"] / math.log(2), "skipped_steps": self._skipped}
-        if rate is not None:
-            metrics["tokens_per_second"] = rate
-        self.finish(good)
-        if logs:
-            self.record_training(metrics, bar=["train/loss", "train/accuracy"])
+            return output.loss, {
+                **output.losses, **output.stats, "bits_per_code": output.losses["ce"].detach() / math.log(2)
+            }  # fmt: skip
+
+        bar = ("train/loss", "train/accuracy")
+        self.single_step(self.generator, compute, batch["ids"].numel(), "tokens", bar)
 
     # -- validation ---------------------------------------------------------------------------------------------------
 

@@ -85,26 +85,14 @@ class SegmenterModule(TrainingModule):
         return labels[:, :, rows[:, None], columns].long()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        completes = self.begin([self.segmenter])
-        logs = completes and self.should_log
         targets = self.targets(batch)
-        with optimizer.toggle_model(sync_grad=completes):
+
+        def compute() -> tuple[Tensor, dict[str, Any]]:
             logits = self.segmenter(batch["pixels"])  # (B, T, g, g, K)
             terms = segmentation_loss(logits.flatten(1, 3), targets.flatten(1), **self.weights)
-            self.manual_backward(terms["loss"] / self.accumulate)
-        rate = self.rate(len(targets))
-        if not completes:
-            self.finish(False)
-            return
-        good, norm = self.update(optimizer, 0, [terms["loss"]], [self.segmenter])
-        metrics = {**terms, "scale": self.segmenter.scale, "grad_norm": norm, "lr": self.learning_rate()}
-        metrics["skipped_steps"] = self._skipped
-        if rate is not None:
-            metrics["samples_per_second"] = rate
-        self.finish(good)
-        if logs:
-            self.record_training(metrics, bar=["train/loss"])
+            return terms["loss"], {**terms, "scale": self.segmenter.scale}
+
+        self.single_step(self.segmenter, compute, len(targets))
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
