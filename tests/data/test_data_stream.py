@@ -81,7 +81,7 @@ def test_any_shards_split_over_any_readers_without_repeats(tmp_path, shard_sizes
     write_images(tmp_path / "s", shard_sizes)
     seen, steps = [], set()
     for rank in range(world):
-        data = loader(tmp_path / "s", batch_size=2, rank=rank, world=world)
+        data = loader(tmp_path / "s", batch_size=2, rank=rank, world=world, num_workers=workers)
         runs = 0
         for worker in range(max(1, workers)):  # the readers, without starting processes
             batches = list(data.stream._batches(5, worker, max(1, workers), 0))
@@ -275,11 +275,19 @@ def test_skipping_on_resume_decodes_nothing_and_opens_only_what_is_left(images, 
     assert len(opened) <= 2
 
 
-def test_resume_under_other_conditions_is_said(images, caplog):
-    state = loader(images).state_dict()
-    with caplog.at_level(logging.WARNING):
-        loader(images, batch_size=6).load_state_dict(state)
-    assert "batch_size was 4, is 6" in caplog.text
+def test_resume_with_other_data_is_said(images, tmp_path, caplog):
+    data = loader(images)
+    next(iter(data))
+    state = data.state_dict()
+    write_images(tmp_path / "more", [50])
+    for other, said in (
+        (loader(tmp_path / "more"), "samples was 48, is 50"),
+        (loader(images, seed=1), "seed was 0, is 1"),
+    ):
+        with caplog.at_level(logging.WARNING):
+            other.load_state_dict(state)
+            next(iter(other))
+        assert "cannot be resumed exactly" in caplog.text and said in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import moving_shapes
 import pytest
@@ -83,33 +84,56 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+class Keys(tiny.L.Callback):
+    """Which samples this rank trained on, and in which of the trainer's epochs."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        self.rows += [(trainer.current_epoch, key) for key in batch["key"]]
+
+
 def stream(world: int, folder: Path, run: str, steps: int) -> None:
-    """Train on shards as a user does; what the data module says goes to a file."""
-    said, record = Lines(), tiny.Record()
-    logging.getLogger("tokgen.data").addHandler(said)
+    """Train on shards as a user does, validating at the end of each epoch; what was seen, validated and said goes to files."""
+    said, record, keys = Lines(), tiny.Record(), Keys()
+    logger = logging.getLogger("tokgen.data")
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
     last = folder / run / "checkpoints" / "last.ckpt"
     trainer = tiny.trainer(
-        folder / run, Checkpoint(), record, devices=world, strategy="auto" if world == 1 else "ddp", max_steps=steps
-    )
+        folder / run, Checkpoint(), record, keys, devices=world, strategy="auto" if world == 1 else "ddp", max_steps=steps,
+        check_val_every_n_epoch=1, val_check_interval=1.0,
+    )  # fmt: skip
     data = tiny.shards(folder / "codes", 4)
     trainer.fit(tiny.generator(), datamodule=data, ckpt_path=last if last.exists() else None)
-    if trainer.is_global_zero:
-        torch.save([said.lines, [row["step"] for row in record.rows]], folder / run / f"{steps}.pt")
+    validated = [row["step"] for row in record.rows if "val/loss" in row]
+    trained = [row["step"] for row in record.rows if "train/loss" in row]
+    found = {"keys": keys.rows, "lines": said.lines, "trained": trained, "validated": validated}
+    torch.save(found, folder / run / f"{steps}-{trainer.global_rank}.pt")
 
 
 @pytest.mark.slow
-def test_the_place_in_the_data_is_kept_as_batches_and_one_line_says_what_changed(tmp_path):
-    """12 batches an epoch in one process, 6 in two: from batch 8 of 12 to two ranks, whose epoch is over, and back."""
+def test_an_epoch_goes_on_with_other_ranks_and_every_sample_comes_once(tmp_path):
+    """12 batches an epoch in one process, 6 in two: from batch 8 of 12 to two ranks, into the next epoch, and back."""
     write_codes(tmp_path)
+    seen, validated = [], []
     for world, steps in ((1, 8), (2, 15), (1, 30)):
         ranks.on_ranks(stream, world, tmp_path, "run", steps)
-        lines, done = torch.load(tmp_path / "run" / f"{steps}.pt")
-        assert done[-1] == steps and done == list(range(done[0], steps + 1))
-        if steps == 8:
-            assert lines == []
-        else:
-            (line,) = lines
-            assert "cannot be resumed exactly" in line and f"world was {3 - world}, is {world}" in line
+        found = [torch.load(tmp_path / "run" / f"{steps}-{rank}.pt") for rank in range(world)]
+        first = found[0]["trained"][0]
+        assert found[0]["trained"] == list(range(first, steps + 1))
+        seen += [row for each in found for row in each["keys"]]
+        validated += found[0]["validated"]
+        for each in found:
+            (line,) = each["lines"] or [""]
+            assert not line if steps == 8 else f"shared anew: world was {3 - world}, is {world}" in line
+    whole = sorted({key for _, key in seen})
+    assert len(whole) == 48
+    for epoch in range(3):
+        assert sorted(key for e, key in seen if e == epoch) == whole, f"epoch {epoch}"
+    assert [e for e, _ in seen].count(3) == 4, "the fourth has begun"
+    assert validated == [10, 17, 29], "at the ends of the epochs, which are those of the data"
 
 
 def refused(world: int, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -339,6 +340,15 @@ class ShardsDataModule(L.LightningDataModule):
             raise ConfigError(str(error)) from error
 
     def _loader(self, split: str, train: bool) -> ShardLoader:
+        loader = self._make_loader(split, train)
+        if split in self.loaders:
+            self.loaders[split].close()
+        elif train and self.trainer is not None:
+            loader.epoch = self.trainer.current_epoch
+        self.loaders[split] = loader
+        return loader
+
+    def _make_loader(self, split: str, train: bool) -> ShardLoader:
         if not self.folders[split]:
             raise ConfigError(f"There is no {split} split: give the data module {split}=FOLDER.")
         self._open(split)
@@ -347,18 +357,25 @@ class ShardsDataModule(L.LightningDataModule):
         limit = self.trainer.limit_train_batches if train and self.trainer is not None else None
         if isinstance(limit, int) and 0 < limit < (steps or self.sets[split].samples // (world * self.batch_size)):
             steps = limit  # Lightning would cut every epoch short; as a length of their own, epochs go on where the last ended
-        loader = ShardLoader(
+        return ShardLoader(
             self.sets[split], self._samples(self.sets[split], train), batch_size=self.batch_size, rank=rank, world=world,
             num_workers=self.num_workers, seed=self.seed, train=train, shuffle_buffer=self.shuffle_buffer,
             steps_per_epoch=steps, max_bad_fraction=self.max_bad_fraction, max_member_bytes=self.max_member_bytes,
             pin_memory=torch.cuda.is_available(), multiprocessing_context=self.multiprocessing_context,
         )  # fmt: skip
-        if split in self.loaders:
-            self.loaders[split].close()
-        elif train and self.trainer is not None:
-            loader.epoch = self.trainer.current_epoch
-        self.loaders[split] = loader
-        return loader
+
+    def place(self, state: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(batches done, of how many in the epoch) for a trainer that resumes a loader's `state` under other conditions.
+
+        The rest of that epoch is then shared among other readers, and the epoch shall end when the rest does. None where the
+        conditions are the same, so that what the trainer itself has counted holds.
+        """
+        loader = self._make_loader("train", train=True)
+        if not loader.changed(state):
+            return None
+        loader.load_state_dict(state)
+        whole = len(loader)
+        return (whole if loader.epoch > state["epoch"] else max(whole - loader.left, 0)), whole
 
     def train_dataloader(self) -> ShardLoader:
         return self._loader("train", train=True)

@@ -11,7 +11,8 @@ which reader. That plan is laid out as positions of one endless global sequence,
 4. a sample's augmentations come from a generator of (seed, position).
 
 So the state is (epoch, batches done), equal on all ranks. Resuming replays step 3 on integers: no file is opened for
-samples that are already done, nothing is decoded. A sample that cannot be read keeps its place in the plan: it is
+samples that are already done, nothing is decoded. Where ranks, readers, batch size or buffer are not those of before, the
+positions that no batch has held yet are shared anew, as in steps 2 and 3: each still comes once. A sample that cannot be read keeps its place in the plan: it is
 counted, and the next readable sample of the reader's order after that batch stands in for it, which depends on the
 plan and the data only.
 
@@ -31,7 +32,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tokgen.data.decode import EXTENSIONS, MAX_MEMBER_BYTES, BadSample
-from tokgen.data.plan import BufferOrder, Part, Passes, Run, reader_part
+from tokgen.data.plan import BufferOrder, Epochs, Part, Passes, Run, Spans, reader_part
 from tokgen.data.shard_set import ShardSet, some
 from tokgen.data.tar import Damage, RawSample, Unreadable, read_samples
 from tokgen.errors import DataError
@@ -80,17 +81,26 @@ class _Reader:
         return sample, name
 
     def _read(self, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
-        for number, run in enumerate(self.runs):
-            low, high = self._starts[number], self._starts[number + 1]
-            if any(needed(ordinal) for ordinal in range(low, high)):
-                yield from self._read_run(run, low, needed)
+        number = 0
+        while number < len(self.runs):
+            first, shard = number, self.shards.shards[self.runs[number].shard]
+            ordinals: dict[int, int] = {}  # index in the shard -> ordinal
+            # what is left of a begun epoch may be many runs of one shard, which is read once
+            while number < len(self.runs) and (number == first or self._follows(number)):
+                run, start = self.runs[number], self._starts[number]
+                within = range(run.low, run.high)
+                indices = within if shard.selected is None else shard.selected[run.low : run.high].tolist()
+                ordinals |= {index: start + i for i, index in enumerate(indices) if needed(start + i)}
+                number += 1
+            if ordinals:
+                yield from self._read_shard(shard, ordinals)
 
-    def _read_run(self, run: Run, start: int, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
-        shard = self.shards.shards[run.shard]
-        indices = range(run.low, run.high) if shard.selected is None else shard.selected[run.low : run.high].tolist()
-        ordinals = {
-            index: start + i for i, index in enumerate(indices) if needed(start + i)
-        }  # index in the shard -> ordinal
+    def _follows(self, number: int) -> bool:
+        """Whether a run lies behind the one before it in the same shard."""
+        before, run = self.runs[number - 1], self.runs[number]
+        return before.shard == run.shard and before.high <= run.low
+
+    def _read_shard(self, shard: Any, ordinals: dict[int, int]) -> Iterator[tuple[int, RawSample, str]]:
         last = max(ordinals)
         damage = Damage()
         options = {"wanted": lambda index: index in ordinals, "damage": damage, **self.options}
@@ -127,6 +137,7 @@ class ShardStream(IterableDataset):
         steps: int,
         rank: int,
         world: int,
+        readers: int,
         seed: int,
         train: bool,
         shuffle_buffer: int,
@@ -136,19 +147,20 @@ class ShardStream(IterableDataset):
         self.shards, self.samples = shards, samples
         self.batch_size, self.steps, self.rank, self.world = batch_size, steps, rank, world
         self.seed, self.train, self.shuffle_buffer = seed, train, shuffle_buffer
-        self.contiguous = contiguous  # epochs follow each other in the passes, with no remainder left out
+        conditions = {
+            "world": world, "readers": max(1, readers), "steps": steps, "batch_size": batch_size, "shuffle_buffer": shuffle_buffer,
+        }  # fmt: skip
+        self.epochs = Epochs(shards.samples, seed, contiguous, conditions)
         self.options = {"extensions": frozenset(samples.extensions) & EXTENSIONS, "max_member_bytes": max_member_bytes}
         self.position = torch.zeros(2, dtype=torch.int64).share_memory_()  # (epoch, batches done), seen by live workers
 
     def part(self, epoch: int, worker: int, workers: int) -> Part:
         """The positions and batch sizes of one reader in an epoch."""
-        total = self.shards.samples
         if self.train:
-            each = self.steps * self.batch_size
-            start = epoch * (each * self.world if self.contiguous else total) + self.rank * each
-            return reader_part(start, each, self.steps, self.batch_size, worker, workers)
+            return self.epochs.cut(epoch).part(self.rank, worker)
+        total = self.shards.samples
         low, high = self.rank * total // self.world, (self.rank + 1) * total // self.world
-        return reader_part(low, high - low, self.steps, self.batch_size, worker, workers)
+        return reader_part(Spans([(low, high)]), self.steps, self.batch_size, worker, workers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -163,11 +175,13 @@ class ShardStream(IterableDataset):
 
     def _batches(self, epoch: int, worker: int, workers: int, skip: int) -> Iterator[dict[str, Any]]:
         part = self.part(epoch, worker, workers)
-        runs = Passes([s.count for s in self.shards.shards], self.seed, self.train).runs(part.start, part.size)
+        passes = Passes([s.count for s in self.shards.shards], self.seed, self.train)
+        runs = [run for low, high in part.positions.ranges for run in passes.runs(low, high - low)]
 
         def fresh_order() -> BufferOrder:
-            rng = random.Random(f"{self.seed}/buffer/{epoch}/{self.rank}/{worker}")
-            return BufferOrder(part.size, self.shuffle_buffer if self.train else 1, rng)
+            if self.train:
+                return self.epochs.cut(epoch).order(self.rank, worker, part.size)
+            return BufferOrder(part.size, 1, random.Random(0))
 
         order = fresh_order()
         for _ in range(sum(part.batch_sizes[:skip])):
@@ -181,7 +195,7 @@ class ShardStream(IterableDataset):
             bad_rows = []
             for row, ordinal in enumerate(ordinals):
                 raw, where = reader.take(ordinal)
-                item, reason, detail = self._decode(raw, part.start + ordinal)
+                item, reason, detail = self._decode(raw, part.positions.at(ordinal))
                 items.append(item)
                 if item is not None:
                     report["read"] += 1
@@ -195,7 +209,7 @@ class ShardStream(IterableDataset):
             if bad_rows:
                 spare = self._stand_ins(reader, order, ahead, fresh_order)
                 for row in bad_rows:
-                    items[row] = self._first_good(spare, part.start + ordinals[row])
+                    items[row] = self._first_good(spare, part.positions.at(ordinals[row]))
             if not items:  # another rank has one more sample: a repeat, flagged, keeps the number of steps equal
                 items = [self._padding()]
             batch = self.samples.collate(items)
@@ -378,12 +392,13 @@ class ShardLoader:
         self.max_bad_fraction = max_bad_fraction
         self.stats = LoaderStats(missing=shards.unreadable if rank == 0 else 0)
         self.stream = ShardStream(
-            shards, samples, batch_size=batch_size, steps=steps, rank=rank, world=world, seed=seed, train=train,
+            shards, samples, batch_size=batch_size, steps=steps, rank=rank, world=world, readers=num_workers, seed=seed, train=train,
             shuffle_buffer=shuffle_buffer, contiguous=steps_per_epoch is not None, max_member_bytes=max_member_bytes,
         )  # fmt: skip
         self._planned = self.stream.part(0, 0, 1).size  # samples of an epoch on this rank
         self.epoch, self.batch = 0, 0
         self._epoch_bad = self._epoch_missing = 0
+        self._news = logging.NOTSET, ""  # of what was resumed, for the log
         self._batches = self.stream
         if num_workers:
             self._batches = DataLoader(
@@ -399,6 +414,9 @@ class ShardLoader:
         # Lightning does not come back after the last batch, so all bookkeeping happens before a batch is handed out.
         if not self.train:
             self.epoch = self.batch = 0
+        if self._news[1]:
+            log.log(*self._news)
+            self._news = logging.NOTSET, ""
         self._epoch_bad = self._epoch_missing = 0
         self.stream.position.copy_(torch.tensor([self.epoch, self.batch]))
         for batch in self._batches:
@@ -406,7 +424,7 @@ class ShardLoader:
                 raise DataError(batch["_error"])
             self._account(batch.pop("_report"))
             self.batch += 1
-            last = self.batch == self.steps
+            last = self.left == 0
             if last:
                 self.epoch, self.batch = self.epoch + 1, 0
                 if self._epoch_bad or self._epoch_missing:
@@ -434,36 +452,55 @@ class ShardLoader:
                 f"({some([f'{shard}: {what}' for shard, what in self.stats.damaged.items()])}). Copy or pack them again."
             )
 
+    @property
+    def left(self) -> int:
+        """Batches that are left of this epoch."""
+        return (self.stream.epochs.cut(self.epoch).steps if self.train else self.steps) - self.batch
+
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from; equal on all ranks."""
-        return {"epoch": self.epoch, "batch": self.batch, **self._conditions()}
+        epochs = self.stream.epochs
+        begun = epochs.begun is not None and epochs.begun[0] == self.epoch
+        place = {"epoch": self.epoch, "batch": self.batch, "start": epochs.start(self.epoch)}
+        return {**place, "before": list(epochs.before) if begun else [], **self._conditions()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken: exactly, when data set, seed, batch size, ranks and workers are the same.
+        """Go on where `state` was taken, without losing or repeating a sample.
 
-        Otherwise a warning says what differs; then the rest of that epoch repeats or misses some samples.
+        Ranks, readers, batch size and shuffle buffer may differ: what no batch has held yet is then shared anew, and "batch"
+        counts from there. With another data set, seed, or way of counting epochs, the place is kept as a number of batches; when
+        the loader is iterated, a warning says what differs.
         """
-        now = self._conditions()
-        changed = [
-            f"{name} was {state[name]}, is {now[name]}" for name in now if name in state and state[name] != now[name]
-        ]
+        epochs, changed = self.stream.epochs, self.changed(state)
+        said = "; ".join(f"{name} was {was}, is {now}" for name, (was, now) in changed.items())
+        state = {**self._conditions(), **state}
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
-        if changed:
-            log.warning("The data position cannot be resumed exactly: %s.", "; ".join(changed))
+        self.close()  # readers that have begun know another layout
+        if not changed.keys() <= set(Epochs.SHARING):
+            self._news = logging.WARNING, f"The data position cannot be resumed exactly: {said}."
             if self.batch >= self.steps:
                 self.epoch, self.batch = self.epoch + 1, 0
+            return
+        was = {name: int(state[name]) for name in Epochs.SHARING}
+        of_old = self.epoch * (was["steps"] * was["batch_size"] * was["world"] if epochs.contiguous else epochs.total)
+        before = [dict(each) for each in state.get("before", ())]
+        if changed and self.batch:
+            before.append({**was, "batches": self.batch})
+            self.batch = 0
+            self._news = logging.INFO, f"What is left of the epoch is shared anew: {said}."
+        if not epochs.go_on(self.epoch, int(state.get("start", of_old)), before):
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def changed(self, state: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """What differs between the conditions of a state and those of this loader: name -> (there, here)."""
+        return {k: (state[k], now) for k, now in self._conditions().items() if state.get(k, now) != now}
 
     def _conditions(self) -> dict[str, int]:
         stream = self.stream
         return {
-            "samples": stream.shards.samples,
-            "batch_size": stream.batch_size,
-            "steps": self.steps,
-            "world": stream.world,
-            "readers": max(1, self.num_workers),
-            "seed": stream.seed,
-            "shuffle_buffer": stream.shuffle_buffer,
-        }
+            "samples": stream.shards.samples, "seed": stream.seed, "contiguous": int(stream.epochs.contiguous),
+            **stream.epochs.conditions,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Stop the reader processes; the loader can still be iterated, which starts them again."""

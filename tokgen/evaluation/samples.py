@@ -12,7 +12,7 @@ import torch
 
 from tokgen.data.datamodule import ShardsDataModule
 from tokgen.data.decode import decode_class, decode_json
-from tokgen.data.plan import reader_part
+from tokgen.data.plan import Spans, reader_part
 from tokgen.data.shard_set import ShardSet
 from tokgen.data.tar import RawSample
 from tokgen.errors import DataError
@@ -86,14 +86,15 @@ class EvaluationSet(ShardsDataModule):
         self.sets["test"] = at_positions(self.chosen, np.concatenate(positions))
         for turn, batch in enumerate(self.test_dataloader()):
             # worker w makes batches w, w + workers, … of consecutive positions
-            part = reader_part(0, len(numbers) * size, len(numbers), size, turn % workers, workers)
+            whole = Spans([(0, len(numbers) * size)])
+            part = reader_part(whole, len(numbers), size, turn % workers, workers)
             valid = batch.pop("valid")
             keep = valid.nonzero()[:, 0].tolist()
             kept = {
                 name: value[valid] if isinstance(value, torch.Tensor) else [value[i] for i in keep]
                 for name, value in batch.items()
             }
-            yield kept | {"number": numbers[part.start // size + turn // workers]}
+            yield kept | {"number": numbers[part.positions.at(0) // size + turn // workers]}
 
     def protocol(self, name: str, version: int, samples: int, size: str, **more: Any) -> Protocol:
         """What figures over `samples` of these depend on."""

@@ -20,6 +20,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
+from tokgen.data.datamodule import ShardsDataModule
 from tokgen.errors import CheckpointError, ConfigError
 from tokgen.files import why_unwritten
 from tokgen.training.base import TrainingDiverged, TrainingModule
@@ -148,8 +149,10 @@ def find_last(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _point_at_next_batch(loop: dict[str, Any]) -> None:
+def _point_at_next_batch(loop: dict[str, Any], data: Any) -> None:
     """Bring the saved counters of Lightning's fit loop into the one form that it goes on from rightly, at any batch.
+
+    With other ranks than before, other numbers of batches are done and left of the epoch: the data module knows them.
 
     It counts a batch as completed after its hooks, and saves what it has counted. Read back, counters saved later, on
     validation or at the end of training, would give an epoch whose last batch is done one batch more, and take an epoch
@@ -161,10 +164,13 @@ def _point_at_next_batch(loop: dict[str, Any]) -> None:
     if not seen:
         return
     validated = batches["total"]["completed"] == seen  # or not due
-    over = batches["is_last_batch"]
+    over, done = batches["is_last_batch"], batches["current"]["ready"]
+    places = loop["state_dict"].get("combined_loader", [])
+    if isinstance(data, ShardsDataModule) and places and "world" in places[0] and (place := data.place(places[0])):
+        done, over = place[0], place[0] == place[1]
     batches["is_last_batch"] = False
     for span in ("total", "current"):
-        batches[span] = dict.fromkeys(batches[span], 0 if over and span == "current" else batches[span]["ready"])
+        batches[span] = dict.fromkeys(batches[span], seen if span == "total" else 0 if over else done)
         begun = epochs[span]["ready"] + over
         epochs[span] = {"ready": begun, "started": begun, "processed": begun - 1, "completed": begun - 1}
         if not validated:  # as if stopped within its first batch
@@ -259,7 +265,7 @@ class Checkpoint(LightningCheckpoint):
         self._stale = state.get("stale", "")
 
     def on_load_checkpoint(self, trainer: Any, pl_module: TrainingModule, checkpoint: dict[str, Any]) -> None:
-        _point_at_next_batch(checkpoint["loops"]["fit_loop"])
+        _point_at_next_batch(checkpoint["loops"]["fit_loop"], trainer.datamodule)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
