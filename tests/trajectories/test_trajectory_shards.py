@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tokgen.cli import main
-from tokgen.data.shards import MANIFEST, Manifest, ShardWriter, verify
+from tokgen.data.shards import MANIFEST, UNITS, Manifest, ShardWriter, verify
 from tokgen.data.tar import iter_samples
 from tokgen.errors import ConfigError, DataError, InputError
 from tokgen.trajectories import precompute
@@ -111,7 +114,8 @@ def test_shards_again_with_trajectories_beside_each_video(tmp_path):
         assert ((labels >= 0) == truth).mean() > 0.99
         numbers = np.unique(labels)
         assert numbers.tolist() == list(range(-1, labels.max() + 1)) and labels.max() >= 1  # compact
-    assert report.trajectories == sum(planes(m["traj.npy"]).max() for m in after.values())
+    each = sum(int(planes(m["traj.npy"]).max()) for m in after.values()) / 7
+    assert str(report) == f"7 samples given trajectories ({each:.1f} each)"
 
 
 def test_an_interrupted_run_goes_on_where_it_ended(tmp_path, monkeypatch):
@@ -128,7 +132,7 @@ def test_an_interrupted_run_goes_on_where_it_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(Quarters, "track", until)
     with pytest.raises(KeyboardInterrupt):
         trajectory_shards(source, out, {"type": "quarters"}, FRAMES, max_samples=2, progress=False)
-    assert not (out / MANIFEST).exists() and len(list(out.glob("*.tar"))) == 2
+    assert not (out / MANIFEST).exists() and len(list(out.glob(f"{UNITS}/*/*.tar"))) == 2
     Quarters.calls = 0
     monkeypatch.setattr(Quarters, "track", track)
     report = trajectory_shards(source, out, {"type": "quarters"}, FRAMES, max_samples=2, progress=False)
@@ -168,10 +172,10 @@ def test_bad_videos_are_left_out_and_counted(tmp_path, caplog):
 
 def test_no_video_that_gives_trajectories_is_an_error(tmp_path):
     source = make(tmp_path / "in", 2, bad=(0, 1))
-    with pytest.raises(DataError, match="v0"):
+    with pytest.raises(DataError, match=r"no sample of .* can be used: 2 \("):
         trajectory_shards(source, tmp_path / "out", {"type": "quarters"}, FRAMES, progress=False)
     long = Frames(size=32, grid=16, max_frames=3)
-    with pytest.raises(DataError, match="at most 3"):
+    with pytest.raises(DataError, match=r"2 \(too long\)"):
         trajectory_shards(make(tmp_path / "long", 2), tmp_path / "out2", {"type": "quarters"}, long, progress=False)
 
 
@@ -290,6 +294,26 @@ def test_workers_write_the_same(tmp_path):
         assert (tmp_path / "2" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
+def test_processes_share_the_work(tmp_path):
+    source = make(tmp_path / "in", 7, bad=(2,))
+    own(tmp_path / "own", 7)
+    settings = {"type": "arrays", "folder": str(tmp_path / "own")}
+    trajectory_shards(source, tmp_path / "alone", settings, FRAMES, max_samples=2, progress=False)
+    words = [
+        sys.executable, "-m", "tokgen", "trajectories", source, tmp_path / "shared", "--source", "arrays",
+        "--set", f"folder={tmp_path / 'own'}", "--size", FRAMES.size, "--grid", FRAMES.grid, "--max_samples", 2,
+    ]  # fmt: skip
+    both = [subprocess.Popen([str(w) for w in words], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum(int(re.search(r"(\d+) samples given", text)[1]) for text in said) == 6
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "shared").iterdir())
+    for name in names:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+
+
 def die(raw) -> None:
     os._exit(3)
 
@@ -315,7 +339,7 @@ def test_the_command_on_shards(tmp_path, capsys):
     words = ("--source", "quarters", "--size", 32, "--grid", 8, "--fps", 4)
     assert run("trajectories", source, out, *words, "--set", "threshold=90", "--picture", drawn) == 0
     said = capsys.readouterr().out
-    assert "2 videos given trajectories" in said and str(out) in said
+    assert "2 samples given trajectories" in said and str(out) in said
     made = Manifest.load(out).meta["trajectories"]
     assert made["source"] == {"type": "quarters", "threshold": 90} and made["fps"] == 4 and made["grid"] == [8, 8]
     (key, pictures, found), _ = stored_clips(out)

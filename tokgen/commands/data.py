@@ -181,6 +181,8 @@ def trajectories(
 ) -> None:
     """Find which pixels of videos belong together through time; writes video shards with trajectories; continues a run.
 
+    Processes share the work, as with `tokgen tokenize`; on one machine --workers is simpler.
+
     Args:
         videos: folder of video shards; or one video file, whose trajectories are written as OUT_mask.npz and OUT_graph.npz.
         out: folder for the video shards with trajectories; of one video, what its files' names begin with.
@@ -193,7 +195,7 @@ def trajectories(
         fps: pictures a second, as in training; every frame of the file without it.
         max_frames: videos of more pictures are left out.
         workers: processes; 0 works in this one.
-        max_samples: samples in a shard.
+        max_samples: samples in a shard, and what a process takes at a time.
         picture: also draw the first video: a .png of some of its pictures, or a .gif or .mp4 of all.
     """
     from tokgen.trajectories.picture import check_picture, write_picture
@@ -202,6 +204,7 @@ def trajectories(
     settings = {"type": source, **_assignments(set or [])}
     if picture is not None:
         check_picture(picture)
+        picture = picture if os.environ.get("RANK", "0") == "0" else None  # one process draws it
     frames = Frames(size=size, resize=resize, grid=grid, fps=fps, max_frames=max_frames)
     if Path(videos).is_file():
         pictures, found = trajectory_sidecar(videos, out, settings, frames)

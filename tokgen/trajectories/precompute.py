@@ -7,11 +7,11 @@ import json
 import logging
 import multiprocessing
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from tokgen.data.batches import resize_image
-from tokgen.data.decode import MAX_MEMBER_BYTES, TRAJECTORIES, VIDEO_EXTENSIONS, BadSample, decode_trajectories
-from tokgen.data.shards import MANIFEST, PARTIAL, Manifest, ShardWriter
-from tokgen.data.tar import RawSample, iter_samples, join, open_bytes
+from tokgen.data.decode import TRAJECTORIES, VIDEO_EXTENSIONS, BadSample, decode_trajectories
+from tokgen.data.shards import Manifest, ShardWriter
+from tokgen.data.tar import RawSample
+from tokgen.data.units import UnitsReport, begun_meta, share_units, units_of
 from tokgen.data.video import UnreadableVideo, open_video
 from tokgen.errors import ConfigError, DataError, InputError
 from tokgen.trajectories.base import Trajectories, TrajectorySource, build_source
@@ -146,26 +147,6 @@ def read_pictures(data: bytes | str | os.PathLike[str], frames: Frames, name: st
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
-@dataclass
-class TrajectoryReport:
-    """Videos given trajectories by this call, and before it; those left out, by reason; and how many trajectories."""
-
-    written: int = 0
-    kept: int = 0
-    trajectories: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        text = f"{self.written} videos given trajectories"
-        if self.written:
-            text += f" ({self.trajectories / self.written:.1f} each)"
-        if self.kept:
-            text += f", {self.kept} kept from an earlier run"
-        if self.skipped:
-            text += ", left out: " + ", ".join(f"{n} ({reason})" for reason, n in sorted(self.skipped.items()))
-        return text
-
-
 def trajectory_shards(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -175,13 +156,13 @@ def trajectory_shards(
     workers: int = 0,
     max_samples: int = 500,
     progress: bool = True,
-) -> TrajectoryReport:
+) -> UnitsReport:
     """Video shards again, with the trajectories of each video beside it: `KEY.traj.npy`, the label of each
     place plus one (0 for none), uint8, uint16 or int32 (T, h, w).
 
-    There is a plane for each position of the video's timeline. A run that was interrupted continues where its last whole
-    shard ended; a complete folder is left as it is. Videos that cannot be read, or are too long, are left out, counted and
-    named in the log.
+    There is a plane for each position of the video's timeline. Processes that are given the same arguments share the work, and a
+    run that was interrupted continues after the shards that were whole, see `tokgen.data.units`; a complete folder is left as it is.
+    Videos that cannot be read, or are too long, are left out, counted and named in the log.
 
     Args:
         source: a folder of video shards with a manifest.
@@ -189,12 +170,12 @@ def trajectory_shards(
             "resize", "grid": [h, w], "fps", and of arrays "folder"} beside what the source's meta says.
         settings: of the source of trajectories, see `Finder`.
         frames: which pictures of a video are looked at, and how.
-        workers: processes that find trajectories; 0 does it in this one. Their number does not change what is written.
-        max_samples: samples in a shard, and so the most that an interruption costs.
+        workers: processes of this one that find trajectories; 0 does it here. Their number does not change what is written.
+        max_samples: samples in a shard; what a process takes at a time, and so the most that its loss costs.
 
     Raises:
-        DataError: `source` is no folder of video shards, none of its videos gives trajectories, or `out` was begun with
-            other settings.
+        DataError: `source` is no folder of video shards, none of its videos gives trajectories, `out` was begun with other
+            settings, or a worker died.
         ConfigError: unknown source, settings or number of workers.
     """
     if workers < 0:
@@ -211,23 +192,33 @@ def trajectory_shards(
         made |= {"source": {"type": "arrays"}, "folder": finder.settings["folder"]}
     made = json.loads(json.dumps(made))  # as a manifest has it
     _check_begun(out, made)
-    report, problem = TrajectoryReport(), ""
-    meta = {**manifest.meta, "trajectories": made}
-    with ShardWriter(out, kind="videos", meta=meta, max_samples=max_samples, resume=True) as writer:
-        report.kept = writer.samples
-        samples = _samples(source, manifest, frozenset(writer.keys), progress)
-        for raw, planes in _found(samples, finder, workers):
+    count = 0
+
+    def write(samples: Iterator[RawSample], writer: ShardWriter, skipped: Counter) -> None:
+        nonlocal count
+        for raw, planes in _found(samples, finder, pool, workers):
             if isinstance(planes, BadSample):
-                report.skipped[planes.reason] = report.skipped.get(planes.reason, 0) + 1
-                problem = problem or f"{raw.key}: {planes}"
+                skipped[planes.reason] += 1
                 log.warning("Left out a video, %s: %s.", raw.key, planes)
                 continue
             members = {e: raw.members[e] for e in (*VIDEO_EXTENSIONS, "txt", "json") if e in raw.members}
             writer.write(raw.key, {**members, TRAJECTORIES: planes})
-            report.written += 1
-            report.trajectories += int(planes.max())
-        if not writer.samples:
-            raise DataError(f"{source} gives no trajectories; the first video left out: {problem or 'there is none'}")
+            count += int(planes.max())
+
+    # spawned, not forked: libraries that have started threads here do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _begin, (finder.settings, frames)) if workers else None
+    try:
+        report = share_units(
+            source, out, write, kind="videos", meta={**manifest.meta, "trajectories": made},
+            extensions=(*VIDEO_EXTENSIONS, "txt", "json"), max_samples=max_samples, done="given trajectories",
+            progress="finding trajectories" if progress else None,
+        )  # fmt: skip
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+    if report.written:
+        report.done += f" ({count / report.written:.1f} each)"
     return report
 
 
@@ -242,7 +233,8 @@ def stored_clips(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Pictures
     if not isinstance(made, dict):
         raise DataError(f"{folder} holds {manifest.kind} without trajectories; `tokgen trajectories` finds them")
     frames = Frames(made["size"], made["resize"], made["grid"][0], made["fps"])
-    for raw in _samples(folder, manifest, frozenset(), False, (*VIDEO_EXTENSIONS, TRAJECTORIES)):
+    everything = units_of(manifest, max(manifest.samples, 1))
+    for raw in (raw for unit in everything for raw in unit.samples(folder, (*VIDEO_EXTENSIONS, TRAJECTORIES))):
         data = next((raw.members[e] for e in VIDEO_EXTENSIONS if e in raw.members), None)
         if raw.problem or data is None or TRAJECTORIES not in raw.members:
             continue
@@ -255,66 +247,38 @@ def stored_clips(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Pictures
 
 def _check_begun(out: str | os.PathLike[str], made: dict[str, Any]) -> None:
     """Raises DataError that says how what `out` holds differs from what is asked for now."""
-    for name in (MANIFEST, PARTIAL):
-        path = Path(out) / name
-        if not path.is_file():
-            continue
-        before = Manifest.from_json(path.read_text(encoding="utf-8"), str(path)).meta.get("trajectories")
-        for fact in made if before else ():
-            if before.get(fact) != made[fact]:
-                raise DataError(
-                    f"{out} holds trajectories with {fact} {before.get(fact)}, and this run has {made[fact]}; "
-                    "give another folder or remove this one"
-                )
-
-
-def _samples(
-    source: Any,
-    manifest: Manifest,
-    done: frozenset[str],
-    progress: bool,
-    extensions: tuple[str, ...] = (*VIDEO_EXTENSIONS, "txt", "json"),
-) -> Iterator[RawSample]:
-    from rich.progress import Progress
-
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("finding trajectories", total=manifest.samples)
-        for shard in manifest.shards:
-            with open_bytes(join(os.fspath(source), shard.name)) as file:
-                for _, raw in iter_samples(file, extensions=extensions, max_member_bytes=MAX_MEMBER_BYTES):
-                    if raw.key not in done:
-                        yield raw
-                    bar.advance(task)
+    before = (begun_meta(out) or {}).get("trajectories")
+    for fact in made if before else ():
+        if before.get(fact) != made[fact]:
+            raise DataError(
+                f"{out} holds trajectories with {fact} {before.get(fact)}, and this run has {made[fact]}; "
+                "give another folder or remove this one"
+            )
 
 
 def _found(
-    samples: Iterator[RawSample], finder: Finder, workers: int
+    samples: Iterator[RawSample], finder: Finder, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[tuple[RawSample, np.ndarray | BadSample]]:
     """Samples in their order, and their planes or what is wrong with them."""
-    if not workers:
+    if pool is None:
         for raw in samples:
             yield raw, _planes(finder, raw)
         return
-    # spawned, not forked: libraries that have started threads here do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (finder.settings, finder.frames)) as pool:
-        waiting: deque[tuple[RawSample, Future]] = deque()
-        try:
-            for raw in samples:
-                waiting.append((raw, pool.submit(_work, raw)))
-                if len(waiting) > 2 * workers:  # no more videos in memory than keep all of them busy
-                    raw, future = waiting.popleft()
-                    yield raw, future.result()
-            while waiting:
+    waiting: deque[tuple[RawSample, Future]] = deque()
+    try:
+        for raw in samples:
+            waiting.append((raw, pool.submit(_work, raw)))
+            if len(waiting) > 2 * workers:  # no more videos in memory than keep all of them busy
                 raw, future = waiting.popleft()
                 yield raw, future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                f"a process that finds trajectories died at video {raw.key} or soon after it; whole shards are kept, and "
-                "workers=0 shows where"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            raw, future = waiting.popleft()
+            yield raw, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"a process that finds trajectories died at video {raw.key} or soon after it; whole shards are kept, and "
+            "workers=0 shows where"
+        ) from None
 
 
 def _planes(finder: Finder, raw: RawSample) -> np.ndarray | BadSample:
