@@ -5,7 +5,7 @@
 
 The shipped demo models are measured as they are; the others are trained by their tiny recipes, some for fewer steps than these
 say (see `CARDS`). Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
-did, and the study of its codes as a language; of each generator a card on the captions of `val`. Finished runs are kept in --out, so
+did, and the study of its codes as a language; of each generator one on captions of `val` and one on those of training. Finished runs are kept in --out, so
 that an interrupted call goes on; all takes about four hours of one core. Options: --out, --cards, --only, --learnability, --train-only.
 """
 
@@ -54,10 +54,10 @@ TOKENIZERS = {
 }
 GENERATORS = {
     "token-shuffle": Card(model="assets/demo/generator", tokenizer="vqgan"),
-    "llama": Card("llama-tiny", 600, tokenizer="vqgan"),
-    "arra": Card("arra-tiny", 400, tokenizer="vqgan"),
-    "tokenflow-t2i": Card("tokenflow-t2i-tiny", 200, tokenizer="tokenflow"),
-    "trajectory-t2v": Card("trajectory-t2v-tiny", 200, tokenizer="trajectory", data="clips"),
+    "llama": Card("llama-tiny", tokenizer="vqgan"),
+    "arra": Card("arra-tiny", tokenizer="vqgan"),
+    "tokenflow-t2i": Card("tokenflow-t2i-tiny", tokenizer="tokenflow"),
+    "trajectory-t2v": Card("trajectory-t2v-tiny", 1000, tokenizer="trajectory", data="clips"),
 }
 CARDS = TOKENIZERS | GENERATORS
 
@@ -152,11 +152,10 @@ def measure(out: Path, cards: Path, name: str, learnability: str) -> None:
     text = ["--text_encoder", TEACHER] if card.data == "pictures" else []
     model = model_of(out, name)
     if name in GENERATORS:
-        where = ["--tokenizer", model_of(out, card.tokenizer)]
-        once(
-            target,
-            "evaluate", "generator", model, "--data", shards / "val", *where, *extractor, *text,
-        )  # fmt: skip
+        common = ["evaluate", "generator", model, "--tokenizer", model_of(out, card.tokenizer), *extractor, *text]
+        some = ["--samples", 1000 if card.data == "pictures" else 60]
+        once(target / "unseen", *common, "--data", shards / "val")
+        once(target / "seen", *common, "--data", shards / "train", *some)
         return
     probe, some = (["--probe", "group"], ["--samples", 2000]) if card.data == "pictures" else ([], [])
     common = ["evaluate", "tokenizer", model, *options, *extractor]
@@ -182,9 +181,13 @@ measured by; `tokgen compare docs/cards/ibq/seen docs/cards/seed/seen` puts card
 **This is no ranking.** `vqgan` and `token-shuffle` are the shipped demo models; the others were trained by their tiny recipes, which differ in size and data, some for fewer steps
 (the table says), one run each. What the methods do when trained alike, with seeds, is in [studies](../studies.md).
 
-All figures are of `val` (205 pictures or 60 clips that training never showed), but for the probe and learnability, which are of 2,000 (all 1,000 clips) that it did; of several codebooks the mean. Frechet distances are in the features of
+All figures of tokenizers are of `val` (205 pictures or 60 clips that training never showed), but for the probe and learnability, which are of 2,000 (all 1,000 clips) that it did; of several codebooks the mean. Frechet distances are in the features of
 MobileNetV2. *Own caption is nearest*: the demo teacher looks for the captions of reconstructions, or drawings, among all of `val`; below the table, those of the pictures themselves. A dash is
 what was not measured.
+"""
+
+GENERATORS_HEAD = """A picture, or clip, is drawn for each caption of `val`, and for 1,000 (60 clips) of training's. These generators are trained until they know their few pictures by heart: what they draw
+of training's captions is recall, and `val` names what they never saw, or not in that style. *Bits that a caption saves*: of a whole reference; less than none where captions mislead.
 """
 
 
@@ -230,22 +233,24 @@ def overview(cards: Path) -> str:
         else []
     )
     columns = (
-        ("Frechet distance", "", "distribution", "frechet", ".1f"),
-        ("text score", "", "text", "text_score", ".1f"),
-        ("of the references", "", "text", "text_score_of_references", ".1f"),
-        ("own caption is nearest", "", "text", "image_to_text", ".1%"),
-        ("bits a code of the references", "", "likelihood", "bits_per_code", ".2f"),
-        ("bits that a caption saves", "", "likelihood", "caption_gain", ".1f"),
-        ("drawing, s", "", "speed", "seconds", ".3f"),
+        ("Frechet distance", "unseen", "distribution", "frechet", ".1f"),
+        ("own caption is nearest", "unseen", "text", "image_to_text", ".1%"),
+        ("of training's", "seen", "text", "image_to_text", ".1%"),
+        ("bits a code of the references", "unseen", "likelihood", "bits_per_code", ".2f"),
+        ("of training's", "seen", "likelihood", "bits_per_code", ".2f"),
+        ("bits that a caption saves", "unseen", "likelihood", "caption_gain", ".1f"),
+        ("of training's", "seen", "likelihood", "caption_gain", ".1f"),
+        ("drawing, s", "unseen", "speed", "seconds", ".3f"),
     )
-    titles = ["generator", "steps", "codes of", *(title for title, *_ in columns), "card"]
-    lines += ["", "## Generators", "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    titles = ["generator", "steps", "codes of", *(title for title, *_ in columns), "cards"]
+    lines += ["", "## Generators", "", GENERATORS_HEAD, "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, card in GENERATORS.items():
-        report = read(cards / name)
-        if not report:
+        reports = {kind: read(cards / name / kind) for kind in ("unseen", "seen")}
+        if not any(reports.values()):
             continue
-        row = [figure(report, group, key, form) for _, _, group, key, form in columns]
-        lines.append("| " + " | ".join([name, _steps(card), card.tokenizer, *row, f"[card]({name}/report.md)"]) + " |")
+        row = [figure(reports[kind], group, key, form) for _, kind, group, key, form in columns]
+        links = ", ".join(f"[{kind}]({name}/{kind}/report.md)" for kind in reports if reports[kind])
+        lines.append("| " + " | ".join([name, _steps(card), card.tokenizer, *row, links]) + " |")
     return "\n".join(lines) + "\n"
 
 
