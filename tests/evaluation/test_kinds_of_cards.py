@@ -182,7 +182,9 @@ def test_every_generator_has_a_card(shards, tmp_path, text, kind):
     assert card.figures["likelihood"]["bits_per_code"] == pytest.approx(uniform, rel=0.25), "nothing is learned yet"
     assert len(card.figures["drawn"]["drawn_entropy"]) == len(card.figures["drawn"]["reference_entropy"])
     if kind == "trajectory-t2v":
-        assert card.protocols["likelihood"].details["frames"] == 8 and any("No FVD" in note for note in card.notes)
+        assert card.protocols["likelihood"].details["frames"] == 8 and any(
+            "No Frechet distance" in note for note in card.notes
+        )
         assert Image.open(tmp_path / "card" / "pictures.png").size[0] == 8 * (SIDE + 2) + 2
         assert (
             main(

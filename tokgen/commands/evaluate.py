@@ -69,14 +69,15 @@ def evaluate(
         size: side of the square pictures or frames; without it what the model is made for, or else pictures as they are.
         resize: how pictures become square: the centre, or the whole without regard to its aspect ratio.
         extractor: network for Frechet distances: "inception" (weights in torch hub's cache) or "inception:PATH", "mobilenet", a name
-            or folder of an image encoder, "none", or "auto" for the first of inception and mobilenet that is at hand.
+            or folder of an image encoder, "none", or "auto" for the first of inception and mobilenet that is at hand. Of clips: a
+            folder or transformers:NAME of a video encoder (VideoMAE, ViViT, TimeSformer, tokgen's); "auto" is none.
         learnability: budget of the model that learns the codes: "standard" (without it; for a GPU), "short", or "none".
         probe: a field of the samples' JSON, such as "group", or "cls": how well a linear model reads it off the codes.
         keep: of tokenizers that choose how many tokens a picture gets: a count, or a share such as 0.25.
         frames: of clips; as many as the tokenizer takes, or the generator draws, without it.
         fps: frames a second that videos are seen at; every frame of the file without it.
         frame_stride: from one frame of a clip to the next.
-        text_encoder: folder of an encoder of pictures and captions: how well what is drawn, or decoded, agrees with its caption.
+        text_encoder: folder of an encoder of pictures, or clips, and captions: how well what is drawn, or decoded, agrees with its caption.
         prompts: a .jsonl of GenEval, a .json of GenAI-Bench or a .txt; what they ask for is drawn into --out and not measured.
         layout: of those pictures: "geneval" (without it) or "genai".
         images_per_prompt: of GenEval; 4 without it.
@@ -139,8 +140,8 @@ def _tokenizer(given: dict[str, Any], device: str) -> Any:
     return evaluate_tokenizer(
         tokenizer,
         _set(given, size, _timing(given, kind, tokenizer, getattr(tokenizer.config, "frames", None))),
-        extractor=_extractor(given, device),
-        text_encoder=_text_encoder(given, device),
+        extractor=_extractor(given, device, kind),
+        text_encoder=_text_encoder(given, device, kind),
         learnability=given.get("learnability", "standard"),
         options=options,
         model=model,
@@ -177,8 +178,8 @@ def _generator(given: dict[str, Any], device: str) -> Any:
     return evaluate_generator(
         pipeline,
         _set(given, given.get("size") or side, _timing(given, kind, pipeline.tokenizer, frames)),
-        extractor=_extractor(given, device),
-        text_encoder=_text_encoder(given, device),
+        extractor=_extractor(given, device, kind),
+        text_encoder=_text_encoder(given, device, kind),
         seed=given["seed"],
         sampling=_sampling(given),
         model=given["model"],
@@ -255,19 +256,21 @@ def _partial(given: dict[str, Any]) -> Path:
     return Path(given["out"]) / PARTIAL
 
 
-def _extractor(given: dict[str, Any], device: str) -> Any:
+def _extractor(given: dict[str, Any], device: str, kind: str) -> Any:
     from tokgen.evaluation.extractors import load_extractor
 
-    extractor = load_extractor(given["extractor"])
+    if kind == "motion":
+        return None
+    extractor = load_extractor(given["extractor"], clips=kind == "videos")
     return None if extractor is None else extractor.to(device)
 
 
-def _text_encoder(given: dict[str, Any], device: str) -> Any:
-    from tokgen.encoders.base import load_encoder
+def _text_encoder(given: dict[str, Any], device: str, kind: str) -> Any:
+    from tokgen.encoders.base import load_clip_encoder, load_encoder
 
     if "text_encoder" not in given:
         return None
-    encoder = load_encoder(given["text_encoder"]).to(device)
+    encoder = (load_clip_encoder if kind == "videos" else load_encoder)(given["text_encoder"]).to(device)
     if not hasattr(encoder, "encode_text"):
         raise InputError(f"{given['text_encoder']} ({encoder.name}) reads no captions; give a contrastive encoder")
     return encoder

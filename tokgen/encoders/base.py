@@ -93,7 +93,7 @@ class EncodedClip:
     mask: Tensor
 
 
-class VideoEncoder(Pretrained):
+class ClipEncoder(nn.Module):
     """Base of encoders of clips. Pixels are float (B, T, 3, H, W) in [0, 1] or uint8, of any size.
 
     Attributes:
@@ -124,7 +124,11 @@ class VideoEncoder(Pretrained):
         return encoded.tokens, encoded.mask
 
 
-def clip_frames(pixels: Tensor, side: int) -> Tensor:
+class VideoEncoder(ClipEncoder, Pretrained):
+    """Base of those of this package."""
+
+
+def clip_frames(pixels: Tensor, side: Any) -> Tensor:
     """Float clips (B, T, 3, side, side) in [0, 1] of what a video encoder accepts. Raises InputError."""
     known = pixels.is_floating_point() or pixels.dtype == torch.uint8
     if pixels.ndim != 5 or pixels.shape[2] != 3 or 0 in pixels.shape or not known:
@@ -174,6 +178,33 @@ def load_encoder(name: str | os.PathLike[str]) -> ImageEncoder:
         encoder = tokgen.load(text)
         if not isinstance(encoder, ImageEncoder):
             raise CheckpointError(f"{text} holds a {type(encoder).__name__}; expected an image encoder")
+    return encoder.eval().requires_grad_(False)
+
+
+def load_clip_encoder(name: str | os.PathLike[str]) -> ClipEncoder:
+    """A frozen encoder of clips in eval mode.
+
+    Args:
+        name: "transformers:NAME_OR_FOLDER" or a folder in Hugging Face's layout (VideoMAE, ViViT, TimeSformer), or a folder or Hub
+            name that tokgen published.
+
+    Raises:
+        CheckpointError: nothing there, or not an encoder of clips. MissingDependency: transformers is missing.
+    """
+    text = os.fspath(name)
+    kind, _, rest = text.partition(":")
+    if kind == "transformers" or (
+        Path(text).is_dir() and (Path(text) / CONFIG).is_file() and "model_type" in read_config(Path(text))
+    ):
+        from tokgen.encoders.published import TransformersClipEncoder
+
+        encoder: Any = TransformersClipEncoder(rest if kind == "transformers" else text)
+    else:
+        import tokgen
+
+        encoder = tokgen.load(text)
+        if not isinstance(encoder, ClipEncoder):
+            raise CheckpointError(f"{text} holds a {type(encoder).__name__}; expected an encoder of clips")
     return encoder.eval().requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokgen.encoders.base import ImageEncoder, as_float, resized
+from tokgen.encoders.base import ClipEncoder, EncodedClip, ImageEncoder, as_float, clip_frames, resized
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
 from tokgen.pretrained import fingerprint
 
@@ -177,6 +177,55 @@ class TransformersEncoder(ImageEncoder):
         return hidden[:, hidden.shape[1] - places :]  # class and register tokens come first
 
 
+class TransformersClipEncoder(ClipEncoder):
+    """A video model of transformers. It sees as many frames as it was made for, evenly spaced in the clip.
+
+    A clip's vector is what the model's own classifier reads: the mean of VideoMAE's tokens (before its norm), the class token of
+    ViViT and of TimeSformer.
+
+    Args:
+        name: Hub name or folder.
+    """
+
+    POOLED = {"videomae": "mean", "vivit": "class token", "timesformer": "class token"}
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        auto = _transformers(name)
+        try:
+            config = auto.AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"no video model at {name!r}: {_first_line(error)}") from None
+        if config.model_type not in self.POOLED:
+            raise CheckpointError(
+                f"{name!r} is a {config.model_type}; expected a video model: {', '.join(sorted(self.POOLED))}"
+            )
+        kind = {"videomae": "VideoMAEModel", "vivit": "VivitModel", "timesformer": "TimesformerModel"}[
+            config.model_type
+        ]
+        options = (
+            {"add_pooling_layer": False} if config.model_type == "vivit" else {}
+        )  # classifiers have no such weights
+        try:
+            self.model: Any = _whole(getattr(auto, kind), name, **options)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"no {kind} with safetensors weights at {name!r}: {_first_line(error)}") from None
+        self.frames, self.dim = int(config.num_frames), int(config.hidden_size)
+        mean, std, self.side = _preprocessing(name, config)
+        self.name = f"{kind} {_plain_name(name)} ({self.POOLED[config.model_type]}, {self.frames} frames)"
+        _set_preprocessing(self, mean, std)
+
+    def forward(self, pixels: Tensor) -> EncodedClip:
+        at = (torch.arange(self.frames) + 0.5) * pixels.shape[1] / self.frames  # the middles of equal parts
+        x = (clip_frames(pixels[:, at.long()], self.side) - self.mean) / self.std  # (B, T, 3, S, S)
+        tokens = self.model(pixel_values=x).last_hidden_state  # (B, N, D)
+        if self.POOLED[self.model.config.model_type] == "mean":
+            pooled = tokens.mean(1)
+        else:
+            pooled, tokens = tokens[:, 0], tokens[:, 1:]
+        return EncodedClip(pooled, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+
+
 class ClipTextStates(torch.nn.Module):
     """The last hidden states of a CLIP text model, padded to its full length, as Stable Diffusion 1 is conditioned on.
 
@@ -209,9 +258,9 @@ class ClipTextStates(torch.nn.Module):
         return self.model(input_ids=ids.to(self.model.device)).last_hidden_state
 
 
-def _whole(kind: Any, name: str) -> Any:
+def _whole(kind: Any, name: str, **options: Any) -> Any:
     """A published model in single precision. Raises CheckpointError where weights are missing, which would be random."""
-    model, report = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+    model, report = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -270,7 +319,7 @@ def _pair(side: Any) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
 
 
-def _set_preprocessing(encoder: ImageEncoder, mean: Sequence[float], std: Sequence[float]) -> None:
+def _set_preprocessing(encoder: torch.nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
     encoder.pixel_mean, encoder.pixel_std = [float(x) for x in mean], [float(x) for x in std]
     encoder.register_buffer("mean", torch.tensor(encoder.pixel_mean).view(1, 3, 1, 1), persistent=False)
     encoder.register_buffer("std", torch.tensor(encoder.pixel_std).view(1, 3, 1, 1), persistent=False)

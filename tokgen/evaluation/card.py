@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokgen.encoders.base import ClipEncoder
 from tokgen.errors import CheckpointError, ConfigError, InputError, MissingDependency
 from tokgen.evaluation.agreement import CodeAgreement, TextAgreement
 from tokgen.evaluation.distribution import FeatureSet, by, caveats, distances
@@ -67,9 +68,9 @@ def evaluate_tokenizer(
 
     Args:
         data: pictures, clips or motion maps of sizes that the tokenizer takes.
-        extractor: what the Frechet distance between pictures and reconstructions is taken in; None takes none. Clips have none.
-        text_encoder: an encoder with `embed` and `encode_text`: how well reconstructions, and the pictures themselves, agree with
-            their captions; None measures no such thing. Of pictures only.
+        extractor: what the Frechet distance between pictures, or clips, and reconstructions is taken in; None takes none.
+        text_encoder: an encoder with `embed` and `encode_text`, of pictures or of clips: how well reconstructions, and the data
+            themselves, agree with their captions; None measures no such thing.
         learnability: a name in `BUDGETS`, or "none".
         options: given to `encode`, and part of the report.
         model: what the report calls the tokenizer.
@@ -81,10 +82,9 @@ def evaluate_tokenizer(
         than 0 an empty report and None.
 
     Raises:
-        InputError: data of another kind than the tokenizer takes, captions that are missing, a text encoder for clips.
+        InputError: data of another kind than the tokenizer or one of the encoders takes, captions that are missing.
     """
-    if text_encoder is not None and (data.frames or tokenizer.modality == "motion"):
-        raise InputError("a text encoder reads pictures, and this tokenizer is given clips or motion; leave it out")
+    _check_encoders(extractor, text_encoder, "motion" if tokenizer.modality == "motion" else _kind(data))
     if learnability != "none":
         budget_of(learnability)
     tokenizer, options = tokenizer.eval(), dict(options or {})
@@ -141,7 +141,7 @@ def evaluate_tokenizer(
         means.add(pixel_errors(*frames))
         if distance is not None:
             means.add({distance.figure: distance(*frames)})
-        if extractor is not None and not clips:
+        if extractor is not None:
             sums.made.update(batch["key"], extractor(made))
             sums.truth.update(batch["key"], extractor(pixels))
         if texts is not None:
@@ -193,14 +193,12 @@ def _tokenizer_groups(
     if distance is not None:
         about = {"extractor": distance.name, "extractor_hash": distance.weights, "details": timing}
         report.add(protocol("perceptual", **about), means.result((distance.figure,)))
-    if timing:
-        notes.append(NO_FVD)
-    elif sums.made.pool is not None:
+    if sums.made.pool is not None:
         figures = distances(sums.made, sums.truth, "rfid", extractor)
-        report.add(protocol("distribution", **by(extractor)), figures)
+        report.add(protocol("distribution", **by(extractor), details=timing), figures)
         notes += caveats(extractor, n, sums.made.width)
     elif found:
-        notes.append("No Frechet distance: there is no extractor.")
+        notes.append(NO_FVD if timing else "No Frechet distance: there is no extractor.")
     if "texts" in sums.measures:
         _add_agreement(report, sums.texts, protocol, n)
     if "retrieval" in sums.measures:
@@ -268,8 +266,8 @@ def evaluate_generator(
 
     Args:
         data: pictures or clips with captions, at the size that the generator draws.
-        extractor: what distances, precision and recall are taken in; None takes none. Clips have none.
-        text_encoder: an encoder with `embed` and `encode_text`, which scores pictures by their captions; None scores none.
+        extractor: what distances, precision and recall are taken in; None takes none.
+        text_encoder: an encoder with `embed` and `encode_text`, which scores pictures, or clips, by their captions; None scores none.
         seed: the picture of sample KEY is drawn from the first 31 bits of sha256("seed:KEY"), in whatever batch or rank.
         sampling: guidance_scale, temperature, … as the pipeline takes them; those saved with the generator without them.
         model: what the report calls the generator.
@@ -283,9 +281,7 @@ def evaluate_generator(
         InputError: pictures of another size than those drawn, or captions that are missing.
     """
     sampling, clips = dict(sampling or {}), bool(data.frames)
-    if clips and text_encoder is not None:
-        raise InputError("a text encoder scores pictures, and this generator draws clips; leave it out")
-    extractor = None if clips else extractor
+    _check_encoders(extractor, text_encoder, _kind(data))
     texts = None if text_encoder is None else TextAgreement(text_encoder, data.wanted)
     likelihood = Likelihood(pipeline)
     sums = Sums(
@@ -368,7 +364,7 @@ def _generator_groups(
         drawn, true = sums.made.features(), sums.truth.features()
         if len(drawn) > 3:
             figures["precision"], figures["recall"] = precision_recall(drawn, true)
-        details = {"neighbours": "k = 3", "among about": min(n, NEIGHBOURS)}
+        details = {"neighbours": "k = 3", "among about": min(n, NEIGHBOURS), **timing}
         report.add(protocol("distribution", **by(extractor), **seeds, details=details), figures)
         notes += caveats(extractor, n, sums.made.width)
     elif timing:
@@ -396,7 +392,28 @@ def seed_of(seed: int, key: str) -> int:
 # -- shared -----------------------------------------------------------------------------------------------------------------
 
 
-NO_FVD = "No FVD: no video network's weights are at hand, and frame-wise distances would not be one."
+NO_FVD = "No Frechet distance: no extractor of clips was given, and a distance between single frames would not be one of clips."
+
+
+def _kind(data: EvaluationSet) -> str:
+    return "clips" if data.frames else "pictures"
+
+
+def _check_encoders(extractor: Extractor | None, text_encoder: Any, kind: str) -> None:
+    """Raise InputError unless both read what there is to see."""
+    takes = {}
+    if extractor is not None:
+        takes["the extractor"] = extractor.name, "clips" if extractor.of_clips else "pictures"
+    if text_encoder is not None:
+        takes["the text encoder"] = text_encoder.name, "clips" if isinstance(text_encoder, ClipEncoder) else "pictures"
+        if getattr(text_encoder, "extras", ()):
+            raise InputError(
+                f"the text encoder {text_encoder.name} reads {', '.join(text_encoder.extras)} beside the clips, which are not known "
+                "of drawn or decoded ones; take one of pixels alone, or leave it out"
+            )
+    for what, (name, taken) in takes.items():
+        if taken != kind:
+            raise InputError(f"{what} {name} reads {taken}, and these are {kind}; take one of {kind}, or leave it out")
 
 
 def _need_captions(data: EvaluationSet, batch: dict[str, Any], purpose: str) -> None:

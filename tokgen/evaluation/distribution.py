@@ -1,4 +1,4 @@
-"""Two sets of pictures in an extractor's features: what the group "distribution" of a report is made of."""
+"""Two sets of pictures, or of clips, in an extractor's features: what the group "distribution" of a report is made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokgen.evaluation.metrics import FeatureStatistics, InceptionScore, Rows, b
 
 
 class FeatureSet:
-    """Statistics of one set of pictures in an extractor's features."""
+    """Statistics of one set of pictures, or clips, in an extractor's features."""
 
     def __init__(self) -> None:
         self.pool: FeatureStatistics | None = None
@@ -75,14 +75,15 @@ def by(extractor: Extractor) -> dict[str, str]:
 
 
 def caveats(extractor: Extractor, n: int, width: int) -> list[str]:
-    """What a report says beside Frechet distances of `n` pictures in `width` features."""
+    """What a report says beside Frechet distances of `n` pictures, or clips, in `width` features."""
     notes = []
+    what, usual = ("clips", "FVD") if extractor.of_clips else ("pictures", "FID")
     if not extractor.standard:
         notes.append(
-            f"The Frechet distance is in features of {extractor.name}: it is no FID, and of another scale than any FID."
+            f"The Frechet distance is in features of {extractor.name}: it is no {usual}, and of another scale than any {usual}."
         )
     if n <= width:
         notes.append(
-            f"Of {n} pictures in {width} dimensions no covariance is known: the Frechet distance is mostly the bias of so few."
+            f"Of {n} {what} in {width} dimensions no covariance is known: the Frechet distance is mostly the bias of so few."
         )
     return notes

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokgen.encoders.base import ImageEncoder, load_encoder
+from tokgen.encoders.base import ClipEncoder, ImageEncoder, load_clip_encoder, load_encoder
 from tokgen.errors import CheckpointError, ConfigError, MissingDependency
 from tokgen.losses.perceptual import read_tensors
 from tokgen.pretrained import fingerprint
@@ -33,11 +33,13 @@ class Extractor(nn.Module):
         name: how it must be quoted with figures.
         weights: a hash of its weights.
         standard: whether it is the FID's network.
+        of_clips: whether it takes clips (B, T, 3, H, W), and no pictures.
     """
 
     name: str
     weights: str
     standard = False
+    of_clips = False
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -55,6 +57,34 @@ class EncoderExtractor(Extractor):
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         device = next((t.device for t in (*self.parameters(), *self.buffers())), pixels.device)
         return {"pool": self.encoder.embed(pixels.to(device)).float()}
+
+
+class ClipExtractor(Extractor):
+    """A video encoder's vectors of clips, as it gives them, not normalised.
+
+    With VideoMAE's, the Frechet distance is of the kind that Ge et al. 2024 (arXiv 2404.12391) propose in place of the FVD, whose
+    I3D sees the frames more than the motion.
+
+    Raises:
+        ConfigError: an encoder that takes more than pixels, which drawn clips do not have.
+    """
+
+    of_clips = True
+
+    def __init__(self, encoder: ClipEncoder) -> None:
+        super().__init__()
+        if encoder.extras:
+            raise ConfigError(
+                f"{encoder.name} reads {', '.join(encoder.extras)} beside the clips, which are not known of drawn or decoded "
+                "ones; take an encoder of pixels alone"
+            )
+        self.encoder = encoder
+        self.name, self.weights = f"{encoder.name}, {encoder.dim}-d", fingerprint(encoder, "weights")
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), pixels.device)
+        return {"pool": self.encoder(pixels.to(device)).pooled.float()}
 
 
 class InceptionExtractor(Extractor):
@@ -115,18 +145,27 @@ def find_inception(path: str | os.PathLike[str] | None = None) -> Path:
     raise CheckpointError(f"no Inception weights at {places[0]}; download {URL}, or choose another extractor")
 
 
-def load_extractor(name: str) -> Extractor | None:
+def load_extractor(name: str, clips: bool = False) -> Extractor | None:
     """An extractor, frozen, in eval mode.
 
     Args:
         name: "inception" (weights in torch hub's cache) or "inception:PATH"; whatever `tokgen.encoders.base.load_encoder` takes,
             such as "mobilenet" or a folder; "none"; or "auto", the first of inception, mobilenet and none that is at hand.
+        clips: of clips: whatever `tokgen.encoders.base.load_clip_encoder` takes; "none", and "auto", which is none.
 
     Raises:
-        CheckpointError, MissingDependency: weights or packages that are missing. ConfigError: "inception:" without a path.
+        CheckpointError, MissingDependency: weights or packages that are missing. ConfigError: "inception:" without a path, or a
+            network of pictures for clips.
     """
-    if name == "none":
+    if name == "none" or (clips and name == "auto"):
         return None
+    if clips:
+        if name.partition(":")[0] in ("inception", "mobilenet", "timm"):
+            raise ConfigError(
+                f"extractor {name!r} is of pictures, and these are clips; give transformers:NAME of a video model (VideoMAE, "
+                "ViViT, TimeSformer), the folder of an encoder of clips, or none"
+            )
+        return ClipExtractor(load_clip_encoder(name)).eval()
     if name == "auto":
         for choice in ("inception", "mobilenet"):
             try:
