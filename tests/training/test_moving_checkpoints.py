@@ -13,7 +13,10 @@ import test_contrastive_training as contrast
 import tiny
 import torch
 
+from tokgen.encoders.contrastive import ContrastiveConfig, ContrastiveEncoder
 from tokgen.errors import ConfigError
+from tokgen.precompute import tokenize_shards
+from tokgen.training.alignment import Alignment
 from tokgen.training.checkpoint import Checkpoint, read_checkpoint
 from tokgen.training.ema import EMA
 from tokgen.training.sharding import FullyShardedStrategy
@@ -134,6 +137,47 @@ def test_an_epoch_goes_on_with_other_ranks_and_every_sample_comes_once(tmp_path)
         assert sorted(key for e, key in seen if e == epoch) == whole, f"epoch {epoch}"
     assert [e for e, _ in seen].count(3) == 4, "the fourth has begun"
     assert validated == [10, 17, 29], "at the ends of the epochs, which are those of the data"
+
+
+def built(world: int, folder: Path) -> None:
+    """Who builds what, and with which weights the training starts."""
+    module = tiny.generator(config={"rope": "2d"}, alignment=Alignment(weight=0.5))
+    build, calls = module._build, []
+    module._build = lambda: calls.append(1) or build()
+    strategy = "auto" if world == 1 else FullyShardedStrategy()
+    trainer = tiny.trainer(folder / str(world), Checkpoint(), devices=world, strategy=strategy, max_steps=1)
+    trainer.fit(module, datamodule=tiny.shards(folder / "codes"))
+    assert calls == [1] * (trainer.global_rank == 0)
+    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+    tables = {name: table.clone() for name, table in module.generator.named_buffers()}
+    torch.save(tables, folder / f"tables-{world}-{trainer.global_rank}.pt")
+
+
+def cannot_be_built(world: int, folder: Path) -> None:
+    module = tiny.generator(config={"dim": 33})  # over two heads
+    trainer = tiny.trainer(folder / "none", devices=world, strategy=FullyShardedStrategy(), max_steps=1)
+    with pytest.raises(ConfigError) as caught:
+        trainer.fit(module, datamodule=tiny.shards(folder / "codes"))
+    assert ("rank 0 could not build the model: ConfigError: " in str(caught.value)) == (trainer.global_rank == 1)
+    assert "33" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_rank_zero_alone_builds_a_model_that_is_split(tmp_path):
+    """The others get their shares, and the tables that no checkpoint holds; none waits for one that cannot build it."""
+    visual, teacher = tiny.tokenizer(), ContrastiveEncoder(ContrastiveConfig(16, 8, 16, 2, 16, 1, 1, 12, 8, 4))
+    for split, count in (("train", 12), ("val", 4)):
+        source = tiny.write_images(tmp_path / "images" / split, count, count)
+        tokenize_shards(visual, source, tmp_path / "codes" / split, encoder=teacher, progress=False)
+    for world in (1, 2):
+        ranks.on_ranks(built, world, tmp_path)
+    expected = torch.load(tmp_path / "tables-1-0.pt")
+    assert expected.keys() >= {"order", "places"}
+    for rank in range(2):
+        found = torch.load(tmp_path / f"tables-2-{rank}.pt")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ranks.on_ranks(cannot_be_built, 2, tmp_path)
 
 
 def refused(world: int, folder: Path) -> None:

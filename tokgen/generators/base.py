@@ -91,6 +91,11 @@ class Generator(Pretrained):
         self.generation = dict(generation or {})
         SamplingSettings.of(self.generation)  # complains about unknown names now rather than at the first picture
 
+    def constructed_with(self) -> dict[str, Any]:
+        """The arguments, but for `text`, that make a generator of this kind again, without its weights."""
+        names = ("config", "tokenizer_fingerprint", "visual_tokenizer", "generation")
+        return {name: getattr(self, name) for name in names}
+
     # -- what a system implements -------------------------------------------------------------------------------------
 
     def forward(

@@ -19,6 +19,7 @@ from tokgen.generators.base import GENERATORS, Generator, GeneratorOutput
 from tokgen.generators.conditions import ClassNames, Prompts, T5Features, dump_prompts, load_prompts, undump_prompts
 from tokgen.generators.image_reader import VisualInput
 from tokgen.importers.causal_lm import causal_lm_config, start_from_causal_lm
+from tokgen.losses.alignment import AlignmentProjector
 from tokgen.pretrained import config_from_dict, load_strictly, resolve
 from tokgen.quantizers.base import sum_over_ranks
 from tokgen.text import TextTokenizer
@@ -27,7 +28,7 @@ from tokgen.tokens import Tokens
 from tokgen.training.alignment import Alignment, check_projector
 from tokgen.training.base import OptimizerCallable, Schedule, TrainingModule, decay_groups
 from tokgen.training.captions import Text, learned_vocabulary, made_once, named_vocabulary, training_captions
-from tokgen.training.sharding import gathered
+from tokgen.training.sharding import built_on_rank_zero, fill_from_rank_zero, gathered
 
 log = logging.getLogger(__name__)
 BY_VECTORS = "reads codes by their vectors"
@@ -247,8 +248,17 @@ class GeneratorModule(TrainingModule):
         return {"text_vocab": self.text.vocab_size}
 
     def configure_model(self) -> None:
+        """Build the generator, and the alignment's projector. Split among ranks, the first alone ever holds them whole."""
         if self.generator is not None:
             return
+        if self.device_mesh is None:
+            self.generator, self.projector = self._build()
+            self._compile(self.generator)
+        else:
+            self._build_split()
+
+    def _build(self) -> tuple[Generator, AlignmentProjector | None]:
+        """Generator and projector with the weights that training starts from."""
         text, facts = self._text, dict(self._facts)
         fingerprint = facts.pop("tokenizer_fingerprint")
         source = None if self.init_from is None else self.cls.from_pretrained(self.init_from, text=text)
@@ -280,28 +290,37 @@ class GeneratorModule(TrainingModule):
         if self.code_projector is not None:
             self._start_projector(generator)
         generator.tokenizer_fingerprint, generator.generation = fingerprint, self.generation or generator.generation
-        blocks = getattr(generator, "layers", ())
-        if self.alignment is not None:
-            self.projector = self.alignment.projector(generator, self._embeddings["dim"])
-        if self.compile_blocks:
-            for block in blocks:
-                block.compile()
-        if self.device_mesh is not None:
-            from torch.distributed.fsdp import fully_shard
+        aligned = None if self.alignment is None else self.alignment.projector(generator, self._embeddings["dim"])
+        return generator, aligned
 
-            if self.device_mesh["tensor_parallel"].size() > 1:
-                raise ConfigError(
-                    "generators have no tensor-parallel plan; use trainer.strategy "
-                    "tokgen.training.sharding.FullyShardedStrategy, or tensor_parallel_size 1"
-                )
-            mesh = self.device_mesh["data_parallel"]
-            for block in blocks:
-                fully_shard(block, mesh=mesh)
-            # else the embeddings stay gathered after validation, and EMA and export would find them so
-            fully_shard(generator, mesh=mesh, reshard_after_forward=True)
-            if self.projector is not None:
-                fully_shard(self.projector, mesh=mesh)
-        self.generator = generator
+    def _build_split(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise ConfigError(
+                "generators have no tensor-parallel plan; use trainer.strategy "
+                "tokgen.training.sharding.FullyShardedStrategy, or tensor_parallel_size 1"
+            )
+        whole, about = built_on_rank_zero(self.trainer, self._build, lambda parts: parts[0].constructed_with())
+        with torch.device("meta"):
+            self.generator = self.cls(**about, text=self._text)
+            if self.alignment is not None:
+                self.projector = self.alignment.projector(self.generator, self._embeddings["dim"])
+        self._compile(self.generator)
+        mesh = self.device_mesh["data_parallel"]
+        for block in getattr(self.generator, "layers", ()):
+            fully_shard(block, mesh=mesh)
+        # else the embeddings stay gathered after validation, and EMA and export would find them so
+        fully_shard(self.generator, mesh=mesh, reshard_after_forward=True)
+        if self.projector is not None:
+            fully_shard(self.projector, mesh=mesh)
+        for part, source in zip((self.generator, self.projector), whole or (None, None)):
+            if part is not None:
+                fill_from_rank_zero(part, source, self.trainer.strategy.root_device)
+
+    def _compile(self, generator: Generator) -> None:
+        for block in getattr(generator, "layers", ()) if self.compile_blocks else ():
+            block.compile()
 
     def _visual_tokenizer_for(self, need: str) -> VisualTokenizer:
         if self.visual_tokenizer is None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,6 +27,8 @@ from tokgen.training.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
     from tokgen.generators.base import Generator
+
+T = TypeVar("T")
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -89,12 +94,47 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {names[p]: values for p, values in state["state"].items()}, "param_groups": groups}
 
 
-def gathered(generator: Generator) -> Generator:
-    """An unsharded copy on the CPU of a sharded generator; collective."""
+def built_on_rank_zero(trainer: Any, build: Callable[[], T], describe: Callable[[T], Any]) -> tuple[T | None, Any]:
+    """What `build` gives, on rank zero alone, and plain data about it on every rank; collective.
+
+    Raises:
+        TokgenError: where `build` raised an error, on all ranks, so that none waits for another.
+    """
+    made, about, problem = None, None, ""
+    if trainer.is_global_zero:
+        try:
+            made = build()
+            about = describe(made)
+        except Exception as error:
+            trainer.strategy.broadcast((None, f"{type(error).__name__}: {error}"))
+            raise
+    about, problem = trainer.strategy.broadcast((about, problem))
+    if problem:
+        raise ConfigError(f"rank 0 could not build the model: {problem}")
+    return made, about
+
+
+def fill_from_rank_zero(split: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
+    """Give a split module without memory the weights and tables of the whole one, which rank zero alone has; collective.
+
+    So the memory of a machine holds one whole copy at the most, and not one for each of its processes.
+    """
+    split.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(split, {} if whole is None else whole.state_dict(), options=options)
+    saved = split.state_dict().keys()
+    for name, table in split.named_buffers():
+        if name not in saved:  # computed when a module is built
+            if whole is not None:
+                table.copy_(whole.get_buffer(name))
+            torch.distributed.broadcast(table, 0)
+
+
+def gathered(generator: Generator) -> Generator | None:
+    """An unsharded copy on the CPU of a sharded generator, on rank zero, and None elsewhere; collective."""
     state = get_model_state_dict(generator, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    whole = type(generator)(copy.deepcopy(generator.config), generator.text)
-    if state:  # rank zero alone receives it
-        whole.load_state_dict(state)
-    for name in ("tokenizer_fingerprint", "visual_tokenizer", "generation"):
-        setattr(whole, name, getattr(generator, name))
+    if not state:  # rank zero alone receives it
+        return None
+    whole = type(generator)(**copy.deepcopy(generator.constructed_with()), text=generator.text)
+    whole.load_state_dict(state)
     return whole
