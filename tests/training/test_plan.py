@@ -20,7 +20,8 @@ from tokgen.data.shards import ShardWriter
 from tokgen.errors import ConfigError, TokgenError
 from tokgen.training.lightning_cli import TokgenLightningCLI
 from tokgen.training.meter import Meter
-from tokgen.training.plan import Given, Recipe, largest_batch
+from tokgen.training.plan import Given, Recipe
+from tokgen.training.step_cost import largest_batch, measure
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = str(ROOT / "train/cpu.yaml")
@@ -150,7 +151,7 @@ def test_planned_memory_is_the_measured_within_fifteen_percent(name, tmp_path):
     real = measured(recipe, tmp_path / "run", options)
     with Recipe([recipe, CPU], Given(), options) as planned:
         first = planned.stages()[-1][1]
-        step = planned.measure(first, planned.batch_size)
+        step = measure(planned, first, planned.batch_size)
     print(f"{name}: planned {step.peak / 1e6:.2f} MB, measured {real / 1e6:.2f} MB, {step.peak / real - 1:+.1%}")
     assert abs(step.peak / real - 1) < 0.15
     assert step.activations > 0
@@ -166,7 +167,7 @@ def test_parameters_and_states_are_exact():
         assert recipe.tokens()[2] == 256 * 14
         stages = recipe.stages()
         assert [(first, steps) for _, first, steps in stages] == [(0, 20_000), (20_000, 380_000)]
-        step = recipe.measure(stages[-1][1], 1)
+        step = measure(recipe, stages[-1][1], 1)
         total = sum(count for count, _ in rows.values())
         assert step.states == 2 * 4 * total and step.gradients == 4 * total
         assert step.average == 4 * 71_883_403
@@ -177,7 +178,7 @@ def test_flops_are_those_of_the_matrices():
     """A decoder's step is near 6 x parameters x positions, and grows with the batch."""
     layout = {"kind": "Grid", "h": 16, "w": 16}
     with Recipe(["generators/llama.yaml"], Given(layout=layout, codebook_sizes=(16384,))) as recipe:
-        small, large = recipe.measure(0, 1), recipe.measure(0, 2)
+        small, large = measure(recipe, 0, 1), measure(recipe, 0, 2)
         inside = sum(p.numel() for p in recipe.module.generator.layers.parameters())
     positions = 120 + 1 + 256
     assert 6 * inside * positions < small.flops < 1.25 * 6 * inside * positions
@@ -190,7 +191,7 @@ def test_large_recipes_take_no_memory():
     layout = {"kind": "Grid", "h": 32, "w": 32}
     given = Given(layout=layout, codebook_sizes=(16384,), text_size=128_256, ranks=64)
     with Recipe(["generators/token-shuffle-512.yaml", "train/fsdp.yaml"], given) as recipe:
-        sharded = recipe.measure(0, 8)
+        sharded = measure(recipe, 0, 8)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB; the weights alone are 11 GB
     assert sharded.weights > 2.6e9 * 4 / 64 * 0.9 and sharded.peak < 60e9
 
@@ -201,7 +202,7 @@ def test_ranks_share_or_copy():
     for machine in ("gpu", "ddp", "fsdp"):
         given = Given(layout=layout, batch_size=2, ranks=1 if machine == "gpu" else 8)
         with Recipe(["generators/llama-tiny.yaml", f"train/{machine}.yaml"], given) as recipe:
-            peaks[machine] = recipe.measure(0, 2)
+            peaks[machine] = measure(recipe, 0, 2)
     alone, copied, shared = peaks["gpu"], peaks["ddp"], peaks["fsdp"]
     assert copied.peak == alone.peak + alone.gradients
     assert shared.states == alone.states // 8 and shared.peak < copied.peak
@@ -209,7 +210,7 @@ def test_ranks_share_or_copy():
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not():
     with Recipe(["tokenizers/ibq-tiny.yaml", CPU], Given()) as recipe:
-        budget = recipe.measure(0, 6).peak
+        budget = measure(recipe, 0, 6).peak
         most = largest_batch(recipe, 0, budget)
         assert most == 6
         assert largest_batch(recipe, 0, 1000) == 0
@@ -241,7 +242,7 @@ def test_every_recipe_is_planned_or_says_what_is_missing(recipe):
         layout, sizes = {"kind": "Trajectories", "t": 8, "h": 32, "w": 32, "n": 32}, (64, 64, 1000)
     try:
         with Recipe([str(recipe), "train/gpu.yaml"], Given(1, layout, sizes, 30_522)) as planned:
-            step = planned.measure(planned.stages()[-1][1], 2)
+            step = measure(planned, planned.stages()[-1][1], 2)
         assert step.peak > step.weights and step.flops > 0
     except TokgenError as error:
         assert recipe.stem in ("arra-adapt", "arra-lm", "ett", "tokenflow-t2i"), error

@@ -57,7 +57,8 @@ def plan(args: Sequence[str]) -> None:
     for name in ("batch_size", "ranks", "text_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value} must be at least 1")
-    from tokgen.training.plan import Given, Recipe, largest_batch
+    from tokgen.training.plan import Given, Recipe
+    from tokgen.training.step_cost import largest_batch, measure
 
     logging.getLogger("tokgen").setLevel(logging.WARNING)
     layout = None if options.layout is None else parse_layout(options.layout)
@@ -72,7 +73,7 @@ def plan(args: Sequence[str]) -> None:
         for note in recipe.notes:
             print(f"  note: {note}")
         _print_parameters(recipe)
-        stages = [(name, steps, recipe.measure(first, recipe.batch_size)) for name, first, steps in recipe.stages()]
+        stages = [(name, steps, measure(recipe, first, recipe.batch_size)) for name, first, steps in recipe.stages()]
         _print_memory(recipe, max((step for _, _, step in stages), key=lambda step: step.peak))
         _print_arithmetic(recipe, stages, gpu, options.utilization)
         if options.largest:

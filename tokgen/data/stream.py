@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,91 +32,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tokgen.data.decode import EXTENSIONS, MAX_MEMBER_BYTES, BadSample
-from tokgen.data.plan import BufferOrder, Epochs, Part, Passes, Run, Spans, reader_part
+from tokgen.data.plan import BufferOrder, Epochs, Part, Passes, Spans, reader_part
+from tokgen.data.reader import MISSING, PartReader
 from tokgen.data.shard_set import ShardSet, some
-from tokgen.data.tar import Damage, RawSample, Unreadable, read_samples
+from tokgen.data.tar import RawSample
 from tokgen.errors import DataError
 
 log = logging.getLogger(__name__)
 
 _ALWAYS_TOLERATED = 3  # bad samples per epoch that never stop a run, so that one odd file does not end a tiny data set
 _MISSING_LIMIT = 0.5  # part of an epoch that may be missing from damaged shards
-
-
-# --------------------------------------------------------------------------------------------------------- the reader
-
-
-class _Reader:
-    """Fetches a part's samples by their ordinal, reading shards forward and keeping what is asked for later.
-
-    Args:
-        runs: where the part's samples lie, in order.
-        held, first: the ordinals below `first` that are still needed; all from `first` on are.
-    """
-
-    def __init__(self, shards: ShardSet, runs: Sequence[Run], held: Sequence[int], first: int, options: dict[str, Any]):
-        self.shards, self.runs, self.options = shards, runs, options
-        self._starts = [0]
-        for run in runs:
-            self._starts.append(self._starts[-1] + run.high - run.low)
-        self._needed, self._first = set(held), first
-        self._forward = self._read(lambda o: o >= first or o in self._needed)
-        self._kept: dict[int, tuple[RawSample, str]] = {}
-
-    def take(self, ordinal: int) -> tuple[RawSample, str]:
-        """(sample, shard name), for the last time."""
-        self.look(ordinal)
-        return self._kept.pop(ordinal)
-
-    def look(self, ordinal: int) -> tuple[RawSample, str]:
-        """As `take`, for samples that will be taken later."""
-        while ordinal not in self._kept:
-            found, sample, name = next(self._forward)
-            self._kept[found] = (sample, name)
-        return self._kept[ordinal]
-
-    def again(self, ordinal: int) -> tuple[RawSample, str]:
-        """A sample that was taken before: reads its shard anew."""
-        _, sample, name = next(self._read(lambda o: o == ordinal))
-        return sample, name
-
-    def _read(self, needed: Any) -> Iterator[tuple[int, RawSample, str]]:
-        number = 0
-        while number < len(self.runs):
-            first, shard = number, self.shards.shards[self.runs[number].shard]
-            ordinals: dict[int, int] = {}  # index in the shard -> ordinal
-            # what is left of a begun epoch may be many runs of one shard, which is read once
-            while number < len(self.runs) and (number == first or self._follows(number)):
-                run, start = self.runs[number], self._starts[number]
-                within = range(run.low, run.high)
-                indices = within if shard.selected is None else shard.selected[run.low : run.high].tolist()
-                ordinals |= {index: start + i for i, index in enumerate(indices) if needed(start + i)}
-                number += 1
-            if ordinals:
-                yield from self._read_shard(shard, ordinals)
-
-    def _follows(self, number: int) -> bool:
-        """Whether a run lies behind the one before it in the same shard."""
-        before, run = self.runs[number - 1], self.runs[number]
-        return before.shard == run.shard and before.high <= run.low
-
-    def _read_shard(self, shard: Any, ordinals: dict[int, int]) -> Iterator[tuple[int, RawSample, str]]:
-        last = max(ordinals)
-        damage = Damage()
-        options = {"wanted": lambda index: index in ordinals, "damage": damage, **self.options}
-        try:
-            for index, sample in read_samples(shard.location, self.shards.allow_shell_urls, **options):
-                if index in ordinals:
-                    yield ordinals.pop(index), sample, shard.location
-                if index >= last:
-                    break
-        except Unreadable as error:  # what was read before it is used
-            damage.add(str(error))
-        for ordinal in ordinals.values():  # listed in the manifest, not found in the shard
-            yield ordinal, RawSample("", problem=_MISSING + ", ".join(damage.notes)), shard.location
-
-
-_MISSING = "missing: "
 
 
 # --------------------------------------------------------------------------------------------------------- the stream
@@ -186,7 +111,7 @@ class ShardStream(IterableDataset):
         order = fresh_order()
         for _ in range(sum(part.batch_sizes[:skip])):
             next(order)
-        reader = _Reader(self.shards, runs, order.held, order.next, self.options)
+        reader = PartReader(self.shards, runs, order.held, order.next, self.options)
         ahead: deque[int] = deque()  # ordinals that were looked at before their turn
         for size in part.batch_sizes[skip:]:
             ordinals = [ahead.popleft() if ahead else next(order) for _ in range(size)]
@@ -222,8 +147,8 @@ class ShardStream(IterableDataset):
     def _decode(self, raw: RawSample, position: int) -> tuple[Any, str, str]:
         """(item, "", "") or (None, reason, detail)."""
         if raw.problem is not None:
-            if raw.problem.startswith(_MISSING):
-                return None, "missing", raw.problem[len(_MISSING) :]
+            if raw.problem.startswith(MISSING):
+                return None, "missing", raw.problem[len(MISSING) :]
             return None, raw.problem, ""
         try:
             return self.samples(raw, random.Random(f"{self.seed}/sample/{position}")), "", ""
@@ -231,7 +156,7 @@ class ShardStream(IterableDataset):
             return None, error.reason, str(error)
 
     def _stand_ins(
-        self, reader: _Reader, order: BufferOrder, ahead: deque[int], fresh_order: Any
+        self, reader: PartReader, order: BufferOrder, ahead: deque[int], fresh_order: Any
     ) -> Iterator[RawSample]:
         """Samples of the reader's order after the current batch, then from its beginning."""
         index = 0
@@ -258,7 +183,7 @@ class ShardStream(IterableDataset):
 
     def _padding(self) -> Any:
         passes = Passes([s.count for s in self.shards.shards], self.seed, shuffle=False)
-        reader = _Reader(self.shards, passes.runs(0, passes.total), [], 0, self.options)
+        reader = PartReader(self.shards, passes.runs(0, passes.total), [], 0, self.options)
         return self._first_good((reader.take(o)[0] for o in range(passes.total)), 0)
 
 

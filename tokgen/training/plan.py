@@ -2,7 +2,7 @@
 
 The module of the recipe is built and takes real training steps, its own `training_step` included, on tensors that know
 their shape and nothing else (`torch._subclasses.FakeTensorMode`). Every operation passes a meter, which counts the bytes
-that are alive and the arithmetic. So no formula has to follow the models. What depends on values is taken at a steady
+that are alive and the arithmetic (`tokgen.training.step_cost`). So no formula has to follow the models. What depends on values is taken at a steady
 state: codebooks have started, every place of a clip or a batch is real, captions have their greatest length.
 """
 
@@ -34,7 +34,7 @@ from tokgen.training.ema import EMA
 from tokgen.training.end_to_end import EndToEndModule
 from tokgen.training.generator import GeneratorModule
 from tokgen.training.lightning_cli import TokgenLightningCLI, _plainly
-from tokgen.training.meter import Meter, bytes_of, state_bytes
+from tokgen.training.meter import Meter
 from tokgen.training.segmenter import SegmenterModule
 from tokgen.training.sharding import FullyShardedStrategy
 from tokgen.training.staged import StagedModule
@@ -419,66 +419,6 @@ class Recipe:
             return [(n, a, b - a) for n, a, b in zip(names, edges, edges[1:]) if b > a]
         return [("training", 0, total)]
 
-    def measure(self, first: int, batch_size: int) -> Step:
-        """Peak of memory and arithmetic of one step, batch_size samples at a time, in the stage that begins at step `first`."""
-        module = self.module
-        module._kept.clear()
-        module._micro, module._step = 0, max(first, 1)
-        trained = self._trained(first)
-        states = sum(state_bytes(o, {id(p) for p in trained}) for o in self.optimizers)
-        weights = [*module.parameters(), *module.buffers()]
-        average, beside = list(self.ema.average.values()), _tensors(self.beside)
-        micro = min(module.accumulate, 2)  # the second meets the gradients of the first; others are like it
-        whole, module.accumulate = module.accumulate, micro
-        meter = Meter(self.integer)
-        try:
-            batch = self.batch(batch_size)
-            with meter, torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-                meter.watch([weights, average, beside, batch])
-                meter.alive += states
-                for _ in range(micro):
-                    module.training_step(batch, 0)
-        finally:
-            module.accumulate = whole
-        kept = [copy for pairs in module._kept.values() for _, copy in pairs]
-        step = Step(
-            batch_size=batch_size, peak=meter.peak, flops=meter.flops * whole // micro, weights=bytes_of(weights),
-            gradients=bytes_of(trained), states=states, average=bytes_of(average), kept=bytes_of(kept), beside=bytes_of(beside),
-        )  # fmt: skip
-        return self._on_a_rank(step)
-
-    def _trained(self, first: int) -> list[nn.Parameter]:
-        """The parameters that the stage which begins at step `first` trains."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        parts = getattr(self.module, "trained", None)
-        if parts is None:
-            return parameters
-        wanted = {id(p) for p in parts[self.module.schedule.at(first)[0]]}
-        disc = getattr(self.module, "discriminator", None)
-        if disc is not None:
-            wanted |= {id(p) for p in disc.parameters()}
-        return [p for p in parameters if id(p) in wanted]
-
-    def _on_a_rank(self, step: Step) -> Step:
-        """DDP holds the gradients once more, in its buckets. FSDP2 holds a share of what belongs to parameters, and two of its
-        units whole: the one at work and the next, with the gradient of one."""
-        if self.copies and self.ranks > 1:
-            step.buckets = step.gradients
-            step.peak += step.buckets
-        elif self.sharded and self.ranks > 1:
-            generator = getattr(self.module, "generator", None)
-            if generator is None:
-                raise ConfigError(f"{type(self.module).__name__} is not sharded; plan it with train/ddp.yaml")
-            blocks = [bytes_of(b.parameters()) for b in generator.layers]
-            unit = max(*blocks, bytes_of(generator.parameters()) - sum(blocks))
-            for name in ("weights", "gradients", "states", "average"):
-                whole = getattr(step, name)
-                setattr(step, name, whole // self.ranks)
-                step.peak -= whole - whole // self.ranks
-            step.buckets = 3 * unit
-            step.peak += step.buckets
-        return step
-
     # -- what is known without a step ----------------------------------------------------------------------------------
 
     def parameters(self) -> list[tuple[str, int, int]]:
@@ -499,7 +439,7 @@ class Recipe:
     def parameters_beside(self) -> list[tuple[str, int]]:
         """(name, parameters) of the frozen networks that are no part of what is trained."""
         counts = [
-            (name, sum(t.numel() for t in _tensors(part) if isinstance(t, nn.Parameter)))
+            (name, sum(t.numel() for t in tensors_of(part) if isinstance(t, nn.Parameter)))
             for name, part in self.beside.items()
         ]
         return [(name, count) for name, count in counts if count]
@@ -541,45 +481,10 @@ class _Wrapped:
             self.module.untoggle_optimizer(self.optimizer)
 
 
-@dataclass
-class Step:
-    """One step on one rank, in bytes and floating-point operations. `peak` includes everything; `buckets` are what ranks need
-    to talk: DDP's gradient buckets, FSDP2's gathered units."""
-
-    batch_size: int
-    peak: int
-    flops: int
-    weights: int
-    gradients: int
-    states: int
-    average: int
-    kept: int
-    beside: int
-    buckets: int = 0
-
-    @property
-    def activations(self) -> int:
-        """What is left of the peak: activations, temporaries, the batch; gradients where the peak comes before them are among
-        the difference, so that it is a lower bound."""
-        rest = self.weights + self.gradients + self.states + self.average + self.kept + self.beside + self.buckets
-        return max(self.peak - rest, 0)
-
-
-def largest_batch(recipe: Recipe, first: int, budget: int, limit: int = 4096) -> int:
-    """The most samples at a time whose step stays within `budget` bytes; 0 if not even one does, at most `limit`."""
-    low, high = 0, 1
-    while high <= limit and recipe.measure(first, high).peak <= budget:
-        low, high = high, 2 * high
-    while high - low > max(low // 16, 1):  # to 6 %: rounder numbers are taken anyway
-        middle = (low + high) // 2
-        low, high = (middle, high) if recipe.measure(first, middle).peak <= budget else (low, middle)
-    return low
-
-
-def _tensors(parts: Any) -> list[Tensor]:
+def tensors_of(parts: Any) -> list[Tensor]:
     """Parameters and buffers of networks, which may be in dicts and objects."""
     if isinstance(parts, dict):
-        return [t for part in parts.values() for t in _tensors(part)]
+        return [t for part in parts.values() for t in tensors_of(part)]
     return [*parts.parameters(), *parts.buffers()] if isinstance(parts, nn.Module) else []
 
 
