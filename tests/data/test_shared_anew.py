@@ -136,7 +136,7 @@ def test_it_is_said_when_readers_change(images, caplog):
     first = Leg(images, 1, 0, 4, 8, None)
     first.take(2)
     second = Leg(images, 2, 0, 4, 8, first.close())
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "tokgen.data.stream"):
         second.take(1)
     assert "shared anew: world was 1, is 2; steps was 12, is 6" in caplog.text
 
