@@ -6,7 +6,7 @@
 The shipped demo models are measured as they are; the others are trained by their tiny recipes, some for fewer steps than these
 say (see `CARDS`). Of each tokenizer come a card on pictures that training never showed (`val`), one on those that it
 did, and the study of its codes as a language; of each generator one on captions of `val` and one on those of training. Finished runs are kept in --out, so
-that an interrupted call goes on; all takes about four hours of one core. Options: --out, --cards, --only, --learnability, --train-only.
+that an interrupted call goes on; all takes about seven hours of one core. Options: --out, --cards, --only, --learnability, --train-only.
 """
 
 from __future__ import annotations
@@ -186,8 +186,9 @@ MobileNetV2. *Own caption is nearest*: the demo teacher looks for the captions o
 what was not measured.
 """
 
-GENERATORS_HEAD = """A picture, or clip, is drawn for each caption of `val`, and for 1,000 (60 clips) of training's. These generators are trained until they know their few pictures by heart: what they draw
-of training's captions is recall, and `val` names what they never saw, or not in that style. *Bits that a caption saves*: of a whole reference; less than none where captions mislead.
+GENERATORS_HEAD = """A picture, or clip, is drawn for each caption of `val`, and for 1,000 (60 clips) of training's. Those of pictures were trained until they know their few pictures by heart: what they draw of
+training's captions is recall, and `val` names what they never saw, or not in that style. *Own caption is nearest*: among all that were drawn. *Bits that a caption saves*: of a whole reference; less than none where captions
+mislead.
 """
 
 
@@ -251,6 +252,11 @@ def overview(cards: Path) -> str:
         row = [figure(reports[kind], group, key, form) for _, kind, group, key, form in columns]
         links = ", ".join(f"[{kind}]({name}/{kind}/report.md)" for kind in reports if reports[kind])
         lines.append("| " + " | ".join([name, _steps(card), card.tokenizer, *row, links]) + " |")
+    truth = [
+        figure(read(cards / "token-shuffle" / kind), "text", "image_to_text_of_references", ".1%")
+        for kind in ("unseen", "seen")
+    ]
+    lines += ["", f"Own caption is nearest, of the pictures themselves: {truth[0]}; of training's, {truth[1]}."]
     return "\n".join(lines) + "\n"
 
 
