@@ -280,8 +280,9 @@ def drift(codec: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def text_study(folder: Path, codes: Path, seed: int) -> str:
-    """Bits a code by frequency alone, and whether drawn cameras pan to the side that their captions name."""
+def text_study(folder: Path, codes: Path, split: str, seed: int) -> str:
+    """Bits a code by frequency alone, and whether drawn cameras pan to the side that their captions name: of the first 120
+    clips of a split."""
     import tokgen
     from tokgen.data import ShardsDataModule
     from tokgen.nn.ellipses import EllipseCodec
@@ -291,34 +292,31 @@ def text_study(folder: Path, codes: Path, seed: int) -> str:
     generator = tokgen.load(folder).eval()
     about = read_config(folder / generator.visual_tokenizer)["config"]
     codec = EllipseCodec(about["frames"], about["keys"], about["levels"])
-    module = ShardsDataModule(train=str(codes / "train"), val=str(codes / "known"), batch_size=120, seed=seed)
+    module = ShardsDataModule(train=str(codes / "train"), val=str(codes / split), batch_size=120, seed=seed)
     module.setup("fit")
-    train, known = list(module.train_dataloader()), list(module.val_dataloader())
+    train, batch = list(module.train_dataloader()), next(iter(module.val_dataloader()))
     bits, n = 0.0, 0
     for c, size in enumerate(generator.codebook_sizes):
         counts = 0.1 + sum(torch.bincount(b["ids"][..., c][b["mask"]], minlength=size) for b in train)
-        seen = torch.cat([b["ids"][..., c][b["mask"] & b["valid"].bool()[:, None]] for b in known])
+        seen = batch["ids"][..., c][batch["mask"] & batch["valid"].bool()[:, None]]
         bits, n = bits - float((counts / counts.sum())[seen].log2().sum()), n + len(seen)
     lines = [
         f"{bits / n:.2f} bits a code by frequency, {sum(map(math.log2, generator.codebook_sizes)) / len(generator.codebook_sizes):.2f} uniform"
     ]
     ways = {"the camera pans left": 1, "the camera pans right": -1}
-    for number, batch in enumerate(known):
-        rows = [
-            i for i, caption in enumerate(batch["caption"]) if batch["valid"][i] and any(w in caption for w in ways)
-        ]
-        captions = [batch["caption"][i] for i in rows]
-        wanted = torch.tensor([next(sign for w, sign in ways.items() if w in c) for c in captions])
-        true = drift(codec, batch["ids"][rows], batch["mask"][rows]).sign() == wanted
-        lines.append(f"batch {number}: {int(true.sum())} of {len(rows)} true clips drift as their captions say")
-        for scale in (1.0, 1.5, 3.0):
-            drawn = generator.generate(captions, generator=seed, temperature=0.8, guidance_scale=scale)
-            right = drift(codec, drawn.ids, drawn.mask).sign() == wanted
-            lengths = drawn.lengths.double()
-            lines.append(
-                f"guidance {scale}: {int(right.sum())} of {len(rows)}; {lengths.mean():.1f} trajectories, "
-                f"{int(lengths.min())} to {int(lengths.max())}"
-            )
+    rows = [i for i, caption in enumerate(batch["caption"]) if batch["valid"][i] and any(w in caption for w in ways)]
+    captions = [batch["caption"][i] for i in rows]
+    wanted = torch.tensor([next(sign for w, sign in ways.items() if w in c) for c in captions])
+    true = drift(codec, batch["ids"][rows], batch["mask"][rows]).sign() == wanted
+    lines.append(f"{int(true.sum())} of {len(rows)} true clips drift as their captions say")
+    for scale in (1.0, 1.5, 3.0):
+        drawn = generator.generate(captions, generator=seed, temperature=0.8, guidance_scale=scale)
+        right = drift(codec, drawn.ids, drawn.mask).sign() == wanted
+        lengths = drawn.lengths.double()
+        lines.append(
+            f"guidance {scale}: {int(right.sum())} of {len(rows)}; {lengths.mean():.1f} trajectories, "
+            f"{int(lengths.min())} to {int(lengths.max())}"
+        )
     return "\n".join(lines)
 
 
@@ -329,6 +327,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=ROOT / "runs/moving-trajectories")
     parser.add_argument("--generator", type=Path, default=ROOT / "runs/trajectory-t2v-tiny/generator")
     parser.add_argument("--codes", type=Path, default=ROOT / "runs/moving-codes")
+    parser.add_argument("--split", default="known", help="of --codes, whose captions are drawn")
     parser.add_argument("--merge", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/study-trajectory")
     parser.add_argument("--steps", type=int, default=3000)
@@ -339,7 +338,7 @@ def main() -> None:
     if options.study == "tokens":
         text = tokens([v.resolve() for v in options.video], out, options.merge)
     elif options.study == "text":
-        text = text_study(options.generator, options.codes, options.seed)
+        text = text_study(options.generator, options.codes, options.split, options.seed)
     else:
         text = decode(options.shards.resolve(), out, options.steps, options.seed)
     (out / f"{options.study}.md").write_text(text + "\n")
