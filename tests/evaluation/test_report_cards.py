@@ -164,7 +164,7 @@ def test_clips(tmp_path):
     card = Report.load(tmp_path / "card")
     assert card.protocols["pixels"].details["frames"] == 8 and card.protocols["pixels"].details["mean over"] == "frames"
     assert card.figures["codes"]["bits_per_pixel"] == pytest.approx(card.figures["codes"]["bits"] / (8 * 32 * 32))
-    assert "distribution" not in card.figures and any("No FVD" in note for note in card.notes)
+    assert "distribution" not in card.figures and any("No Frechet distance" in note for note in card.notes)
 
 
 def _evaluate(rank: int, folder: str) -> None:

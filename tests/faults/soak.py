@@ -407,7 +407,7 @@ class Run:
                 two,
             ):  # Lightning's counters as a resumed run reads them; it reads none of validation batches
                 loop = each["loops"]["fit_loop"]
-                _point_at_next_batch(loop)
+                _point_at_next_batch(loop, None)
                 del loop["epoch_loop.val_loop.batch_progress"]
             self.check(not (where := difference(one, two, name)), f"{where} differs")
         one, two = (each.published_model() for each in (other, self))

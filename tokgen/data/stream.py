@@ -320,7 +320,8 @@ class ShardLoader:
             shards, samples, batch_size=batch_size, steps=steps, rank=rank, world=world, readers=num_workers, seed=seed, train=train,
             shuffle_buffer=shuffle_buffer, contiguous=steps_per_epoch is not None, max_member_bytes=max_member_bytes,
         )  # fmt: skip
-        self._planned = self.stream.part(0, 0, 1).size  # samples of an epoch on this rank
+        readers = max(1, num_workers)
+        self._planned = sum(self.stream.part(0, w, readers).size for w in range(readers))  # an epoch's, on this rank
         self.epoch, self.batch = 0, 0
         self._epoch_bad = self._epoch_missing = 0
         self._news = logging.NOTSET, ""  # of what was resumed, for the log
