@@ -12,9 +12,10 @@ which reader. That plan is laid out as positions of one endless global sequence,
 
 So the state is (epoch, batches done), equal on all ranks. Resuming replays step 3 on integers: no file is opened for
 samples that are already done, nothing is decoded. Where ranks, readers, batch size or buffer are not those of before, the
-positions that no batch has held yet are shared anew, as in steps 2 and 3: each still comes once. A sample that cannot be read keeps its place in the plan: it is
-counted, and the next readable sample of the reader's order after that batch stands in for it, which depends on the
-plan and the data only.
+positions that no batch has held yet are shared anew, as in steps 2 and 3: each still comes once.
+
+A sample that cannot be read keeps its place in the plan: it is counted, and the next readable sample of the reader's order
+after that batch stands in for it, which depends on the plan and the data only.
 
 Rank and world size are arguments; nothing is read from the environment, so it does not matter how workers are started.
 """
