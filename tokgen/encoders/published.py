@@ -187,7 +187,11 @@ class TransformersClipEncoder(ClipEncoder):
         name: Hub name or folder.
     """
 
-    POOLED = {"videomae": "mean", "vivit": "class token", "timesformer": "class token"}
+    KINDS = {  # model type -> class, how it is pooled, options
+        "videomae": ("VideoMAEModel", "mean", {}),
+        "vivit": ("VivitModel", "class token", {"add_pooling_layer": False}),  # classifiers have no weights for it
+        "timesformer": ("TimesformerModel", "class token", {}),
+    }
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -196,30 +200,25 @@ class TransformersClipEncoder(ClipEncoder):
             config = auto.AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"no video model at {name!r}: {_first_line(error)}") from None
-        if config.model_type not in self.POOLED:
+        if config.model_type not in self.KINDS:
             raise CheckpointError(
-                f"{name!r} is a {config.model_type}; expected a video model: {', '.join(sorted(self.POOLED))}"
+                f"{name!r} is a {config.model_type}; expected a video model: {', '.join(sorted(self.KINDS))}"
             )
-        kind = {"videomae": "VideoMAEModel", "vivit": "VivitModel", "timesformer": "TimesformerModel"}[
-            config.model_type
-        ]
-        options = (
-            {"add_pooling_layer": False} if config.model_type == "vivit" else {}
-        )  # classifiers have no such weights
+        kind, self.pooled, options = self.KINDS[config.model_type]
         try:
             self.model: Any = _whole(getattr(auto, kind), name, **options)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"no {kind} with safetensors weights at {name!r}: {_first_line(error)}") from None
         self.frames, self.dim = int(config.num_frames), int(config.hidden_size)
         mean, std, self.side = _preprocessing(name, config)
-        self.name = f"{kind} {_plain_name(name)} ({self.POOLED[config.model_type]}, {self.frames} frames)"
+        self.name = f"{kind} {_plain_name(name)} ({self.pooled}, {self.frames} frames)"
         _set_preprocessing(self, mean, std)
 
     def forward(self, pixels: Tensor) -> EncodedClip:
         at = (torch.arange(self.frames) + 0.5) * pixels.shape[1] / self.frames  # the middles of equal parts
         x = (clip_frames(pixels[:, at.long()], self.side) - self.mean) / self.std  # (B, T, 3, S, S)
         tokens = self.model(pixel_values=x).last_hidden_state  # (B, N, D)
-        if self.POOLED[self.model.config.model_type] == "mean":
+        if self.pooled == "mean":
             pooled = tokens.mean(1)
         else:
             pooled, tokens = tokens[:, 0], tokens[:, 1:]
