@@ -205,7 +205,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def overview(cards: Path) -> str:
     """The tables of all cards that are there."""
-    columns = (  # title, card, group, figure, format
+    tokenizers = (  # title, card, group, figure, format
         ("PSNR, dB", "unseen", "pixels", "psnr", ".2f"),
         ("SSIM", "unseen", "pixels", "ssim", ".3f"),
         ("Frechet distance", "unseen", "distribution", "frechet", ".1f"),
@@ -217,23 +217,7 @@ def overview(cards: Path) -> str:
         ("probe of the codes, 8 groups", "seen", "probe", "probe_of_codes", ".1%"),
         ("learned: bits a code", "seen", "learnability", "ar_bits_per_code", ".2f"),
     )
-    titles = ["tokenizer", "steps", *(title for title, *_ in columns), "cards"]
-    lines = [HEAD, "## Tokenizers", "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for name, card in TOKENIZERS.items():
-        reports = {kind: read(cards / name / kind) for kind in ("unseen", "seen")}
-        if not any(reports.values()):
-            continue
-        row = [figure(reports[kind], group, key, form) for _, kind, group, key, form in columns]
-        found = [what for what in ("unseen", "seen", "language") if (cards / name / what / "report.md").is_file()]
-        links = [f"[{what}]({name}/{what}/report.md)" for what in found]
-        lines.append("| " + " | ".join([name, _steps(card), *row, ", ".join(links)]) + " |")
-    truth = read(cards / "vqgan/unseen")
-    lines += (
-        ["", f"Of the pictures themselves: {figure(truth, 'text', 'image_to_text_of_references', '.1%')}."]
-        if truth
-        else []
-    )
-    columns = (
+    generators = (
         ("Frechet distance", "unseen", "distribution", "frechet", ".1f"),
         ("own caption is nearest", "unseen", "text", "image_to_text", ".1%"),
         ("of training's", "seen", "text", "image_to_text", ".1%"),
@@ -243,21 +227,33 @@ def overview(cards: Path) -> str:
         ("of training's", "seen", "likelihood", "caption_gain", ".1f"),
         ("drawing, s", "unseen", "speed", "seconds", ".3f"),
     )
-    titles = ["generator", "steps", "codes of", *(title for title, *_ in columns), "cards"]
-    lines += ["", "## Generators", "", GENERATORS_HEAD, "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for name, card in GENERATORS.items():
+
+    def truth(name: str) -> str:
+        return figure(read(cards / name), "text", "image_to_text_of_references", ".1%")
+
+    lines = [
+        *(HEAD, "## Tokenizers", "", *_table(cards, TOKENIZERS, ("tokenizer", "steps"), tokenizers), ""),
+        *(f"Of the pictures themselves: {truth('vqgan/unseen')}.", "", "## Generators", "", GENERATORS_HEAD),
+        *(*_table(cards, GENERATORS, ("generator", "steps", "codes of"), generators), ""),
+        f"Own caption is nearest, of the pictures themselves: {truth('token-shuffle/unseen')}; of training's, "
+        f"{truth('token-shuffle/seen')}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(cards: Path, of: dict[str, Card], first: tuple[str, ...], columns: tuple[tuple[str, ...], ...]) -> list[str]:
+    """A row for each model that has a card."""
+    titles = [*first, *(title for title, *_ in columns), "cards"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for name, card in of.items():
         reports = {kind: read(cards / name / kind) for kind in ("unseen", "seen")}
         if not any(reports.values()):
             continue
         row = [figure(reports[kind], group, key, form) for _, kind, group, key, form in columns]
-        links = ", ".join(f"[{kind}]({name}/{kind}/report.md)" for kind in reports if reports[kind])
-        lines.append("| " + " | ".join([name, _steps(card), card.tokenizer, *row, links]) + " |")
-    truth = [
-        figure(read(cards / "token-shuffle" / kind), "text", "image_to_text_of_references", ".1%")
-        for kind in ("unseen", "seen")
-    ]
-    lines += ["", f"Own caption is nearest, of the pictures themselves: {truth[0]}; of training's, {truth[1]}."]
-    return "\n".join(lines) + "\n"
+        found = [what for what in ("unseen", "seen", "language") if (cards / name / what / "report.md").is_file()]
+        links = ", ".join(f"[{what}]({name}/{what}/report.md)" for what in found)
+        lines.append("| " + " | ".join([*[name, _steps(card), card.tokenizer][: len(first)], *row, links]) + " |")
+    return lines
 
 
 def _steps(card: Card) -> str:

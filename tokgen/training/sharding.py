@@ -98,7 +98,7 @@ def built_on_rank_zero(trainer: Any, build: Callable[[], T], describe: Callable[
     """What `build` gives, on rank zero alone, and plain data about it on every rank; collective.
 
     Raises:
-        TokgenError: where `build` raised an error, on all ranks, so that none waits for another.
+        ConfigError: on the other ranks, where `build` or `describe` raised an error on rank zero: none waits for it.
     """
     made, about, problem = None, None, ""
     if trainer.is_global_zero:
